@@ -1,0 +1,246 @@
+"""Capture the stages of the real transformers Qwen2ForCausalLM as a dump directory.
+
+    python scripts/capture_hf.py --model weights/tiny-qwen2.5 --dtype float32 -o dumps/hf
+
+The model is loaded whole and runs whole, on CPU; stages are taken by hooks and through
+transformers' attention registry, where its own `eager_attention_forward` is called. Tree and
+manifest are those of `qwenref capture`. Needs the extra 'hf'; outside tests, the only file that
+imports torch.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
+from transformers import AttentionInterface, Qwen2ForCausalLM
+from transformers.masking_utils import AttentionMaskInterface, eager_mask
+from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
+
+import qwenref
+from qwenref.dumps.layout import LAYOUTS
+from qwenref.dumps.manifest import write_manifest
+from qwenref.dumps.tree import new_dump, write_stage
+from qwenref.errors import QwenrefError, printable
+from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.tokens import DEFAULT_PROMPT, encode, parse_tokens
+from qwenref.model.weights import read_attention, read_embedding
+from qwenref.stages import ATTENTION, RESIDUAL, parse_layers
+
+DESCRIPTION = "Capture the stages of transformers' Qwen2ForCausalLM as a dump directory."
+DTYPES = ("float32", "float64", "bfloat16", "float16")
+RECORDED = "qwenref_recorded_eager"
+
+Arrays = dict[str, np.ndarray]
+"""By stage name (and "residual"), in the axes of `qwenref.stages`, scores unmasked."""
+
+
+def load(model_dir: Path, dtype: str) -> Qwen2ForCausalLM:
+    """Load the whole model in `dtype`, with `recorded_attention` as its attention.
+
+    The mask function has to be registered too: without it the mask arrives as None, and an eager
+    attention silently looks into the future.
+    """
+    AttentionInterface.register(RECORDED, recorded_attention)
+    AttentionMaskInterface.register(RECORDED, eager_mask)
+    model = Qwen2ForCausalLM.from_pretrained(
+        model_dir,
+        dtype=getattr(torch, dtype),
+        attn_implementation=RECORDED,
+        local_files_only=True,
+    )
+    return model.eval()
+
+
+def stages_of(
+    model: Qwen2ForCausalLM, tokens: Sequence[int], layers: Sequence[int]
+) -> dict[int, Arrays]:
+    """Run the model on a prompt and return what each of `layers` computed.
+
+    bfloat16 and float16 are widened to float32; float64 stays. "residual" is the stream that
+    enters the layer.
+    """
+    inv_freq = model.model.rotary_emb.inv_freq
+    if inv_freq.dtype != torch.float32:
+        raise QwenrefError(f"inv_freq is {inv_freq.dtype}, not float32: the model was cast")
+    records: dict[int, Arrays] = {layer: {} for layer in layers}
+    handles = []
+    try:
+        for layer, record in records.items():
+            handles += _watch(model.model.layers[layer], record)
+        with torch.inference_mode():
+            model(torch.tensor([list(tokens)]), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in layers:
+            vars(model.model.layers[layer].self_attn).pop("record", None)
+    for record in records.values():
+        parts = [record.pop(f"{name}_proj") for name in "qkv"]
+        record["qkv_bias"] = np.concatenate(parts, axis=-1)
+    return records
+
+
+def _watch(layer: Any, record: Arrays) -> list[RemovableHandle]:
+    """Have a decoder layer put its arrays into `record`."""
+    attention = layer.self_attn
+    attention.record = record
+    projections = {name: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")}
+
+    def entered(_: nn.Module, args: tuple) -> None:
+        record[RESIDUAL] = _array(args[0])
+
+    def normed(_: nn.Module, __: tuple, output: torch.Tensor) -> None:
+        record["attn_norm"] = _array(output)
+        # from the weights: output minus bias would cancel, 5e-3 in float16 with biases of 8
+        products = [functional.linear(output, p.weight) for p in projections.values()]
+        record["qkv_matmul"] = _array(torch.cat(products, dim=-1))
+
+    def left(_: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        record["attention"] = _array(args[0])
+        record["attn_out"] = _array(output)
+
+    handles = [
+        layer.register_forward_pre_hook(entered),
+        layer.input_layernorm.register_forward_hook(normed),
+        attention.o_proj.register_forward_hook(left),
+    ]
+    for name, projection in projections.items():
+
+        def projected(_: nn.Module, __: tuple, output: torch.Tensor, name: str = name) -> None:
+            record[name] = _array(output)
+
+        handles.append(projection.register_forward_hook(projected))
+    return handles
+
+
+def recorded_attention(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Call transformers' eager attention; if the layer is watched, record what it computes.
+
+    Args:
+        module: The Qwen2Attention.
+        query: [1, N, T, H], after RoPE.
+        key: [1, K, T, H], after RoPE, before heads are repeated.
+        value: [1, K, T, H].
+        attention_mask: [1, 1, T, T], 0 or the dtype's minimum.
+        options: scaling, dropout and more.
+    """
+    if not hasattr(module, "record"):
+        return eager_attention_forward(module, query, key, value, attention_mask, **options)
+    if attention_mask is None:
+        raise QwenrefError("transformers passed no attention mask; the dump would be wrong")
+    with _softmax_inputs() as scores:
+        output, weights = eager_attention_forward(
+            module, query, key, value, attention_mask, **options
+        )
+        eager_attention_forward(module, query, key, value, None, **options)
+    masked, unmasked = scores
+    if not torch.equal(masked, unmasked + attention_mask):
+        raise QwenrefError("transformers' masked and unmasked scores disagree")
+    module.record["q_post_rope"] = _array(query.transpose(1, 2))
+    module.record["k_post_rope"] = _array(key.transpose(1, 2))
+    module.record["attn_scores"] = _array(unmasked)
+    module.record["attn_softmax"] = _array(weights)
+    return output, weights
+
+
+@contextmanager
+def _softmax_inputs() -> Iterator[list[torch.Tensor]]:
+    """Collect what is passed to torch's softmax within the block."""
+    seen: list[torch.Tensor] = []
+    original = functional.softmax
+
+    def softmax(values: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+        seen.append(values)
+        return original(values, *args, **options)
+
+    functional.softmax = softmax
+    try:
+        yield seen
+    finally:
+        functional.softmax = original
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """Return a copy without the batch axis, in float32, or float64 if it is that."""
+    wide = tensor if tensor.dtype == torch.float64 else tensor.float()
+    return wide[0].numpy().copy()
+
+
+def main() -> None:
+    """Parse the command line, capture, and say what was written."""
+    parser = argparse.ArgumentParser(description=DESCRIPTION)
+    parser.add_argument("--model", type=Path, required=True, help="a checkpoint directory")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", default=DEFAULT_PROMPT, help="default: %(default)s")
+    prompt.add_argument("--tokens", help="token ids: 3838,374,220 or @FILE")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the whole model")
+    parser.add_argument("--layers", default="0", help="0, or 0,1 or 0..4 (without 4)")
+    parser.add_argument("--layout", choices=LAYOUTS, default="apr")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="dump directory")
+    parser.add_argument("--force", action="store_true", help="replace a dump that is there")
+    try:
+        capture(parser.parse_args())
+    except QwenrefError as error:
+        sys.exit(f"capture_hf: error: {printable(str(error))}")
+
+
+def capture(options: argparse.Namespace) -> None:
+    """Capture as the command line says."""
+    checkpoint = Checkpoint(options.model)
+    layers = parse_layers(options.layers)
+    if layers[-1] >= checkpoint.config.num_hidden_layers:
+        raise QwenrefError(f"layer {layers[-1]} does not exist")
+    if options.tokens is not None:
+        text, tokens = None, parse_tokens(options.tokens)
+    else:
+        text, tokens = options.prompt, encode(options.prompt, checkpoint.directory)
+    layout = LAYOUTS[options.layout]
+    with new_dump(options.output, force=options.force) as folder:
+        fingerprints, biases = {}, False
+        for layer in layers:  # of the checkpoint, so that all dtypes have the same
+            weights, fingerprints[str(layer)] = read_attention(checkpoint, layer)
+            biases |= weights.q_bias is not None
+        _, rows_fingerprint = read_embedding(checkpoint, tokens)
+        records = stages_of(load(checkpoint.directory, options.dtype), tokens, layers)
+        files = [
+            write_stage(folder, layer, stage, record[stage.name], layout).file
+            for layer, record in records.items()
+            for stage in ATTENTION
+        ]
+        write_manifest(
+            folder,
+            engine="transformers",
+            versions={"qwenref": qwenref.__version__}
+            | {package: version(package) for package in ("transformers", "torch", "numpy")},
+            device="cpu",
+            dtype=options.dtype,
+            layout=options.layout,
+            model=checkpoint.name,
+            prompt=text,
+            tokens=tokens,
+            input=None,
+            config=checkpoint.config,
+            weights={"layers": fingerprints, "embedding": rows_fingerprint, "biases": biases},
+            stages=files,
+        )
+    print(f"{len(files)} stages of {options.model} in {options.output}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

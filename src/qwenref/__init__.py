@@ -1,0 +1,33 @@
+"""An independent JAX oracle for Qwen2.5's attention.
+
+`run` computes the nine stages of layer 0 in memory; the command `qwenref capture` writes them as
+files. Importing this package imports neither jax nor numpy; using a name does.
+"""
+
+from typing import TYPE_CHECKING
+
+from qwenref.errors import QwenrefError
+
+if TYPE_CHECKING:
+    from qwenref.dumps.aprt import read_aprt as read_aprt
+    from qwenref.dumps.aprt import write_aprt as write_aprt
+    from qwenref.run import Stages as Stages
+    from qwenref.run import run as run
+
+__version__ = "0.1.0"
+__all__ = ["QwenrefError", "Stages", "read_aprt", "run", "write_aprt"]
+
+_HOMES = {
+    "Stages": "qwenref.run",
+    "read_aprt": "qwenref.dumps.aprt",
+    "run": "qwenref.run",
+    "write_aprt": "qwenref.dumps.aprt",
+}
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

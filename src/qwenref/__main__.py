@@ -1,0 +1,5 @@
+"""`python -m qwenref`."""
+
+from qwenref.cli import main
+
+main()

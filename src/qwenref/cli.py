@@ -1,0 +1,175 @@
+"""The command line: parse, call one function, print, exit.
+
+Exit status: 0 done, 2 trouble, 130 interrupted.
+"""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+import qwenref
+from qwenref.errors import QwenrefError, printable
+
+if TYPE_CHECKING:
+    from qwenref.capture import Captured
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main() -> None:
+    """Run the command line and exit; trouble is one line on standard error."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    try:
+        status = app(standalone_mode=False)
+    except (QwenrefError, typer.TyperException) as error:
+        text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        typer.echo(f"qwenref: error: {printable(text)}", err=True)
+        status = 2
+    sys.exit(status)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qwenref {qwenref.__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Compute Qwen2.5's layer-0 attention independently, to judge another engine by."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+@app.command()
+def capture(
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint directory, or one .safetensors file with config.json beside it. "
+            "Default: the tiny checkpoint that comes with qwenref."
+        ),
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(metavar="SPEC", help="0, or 0,1 or 0..4 (without 4); see --input.")
+    ] = "0",
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="Text to tokenize, as it is. Default: What is 2+2?"),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="IDS|@FILE", help="Token ids instead: 3838,374,220 or @FILE."),
+    ] = None,
+    stages: Annotated[
+        str, typer.Option(metavar="all|A,B", help="Stages to write; also: embedding.")
+    ] = "all",
+    dtype: Annotated[
+        str, typer.Option(metavar="float32|float64", help="What to compute in.")
+    ] = "float32",
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|gpu", help="What to compute on.")
+    ] = "auto",
+    layout: Annotated[
+        str,
+        typer.Option(
+            metavar="apr|hf",
+            help="apr: as `apr trace` writes. hf: q and k head-major, scores unmasked.",
+        ),
+    ] = "apr",
+    residual: Annotated[
+        Path | None,
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="APRT file [T, D] with the residual stream that enters the one layer of "
+            "--layers, which may then be any.",
+        ),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Dump directory. Default: NAME-qwenref, here."),
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace a dump of qwenref that is already there.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the manifest, as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No table, no progress.")] = False,
+) -> None:
+    """Write the stages of one layer's attention as APRT files, with a manifest."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others use the GPU too
+    if device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # do not even wake the GPU
+    with _progress(quiet) as progress:
+        from qwenref import capture as capturing
+        from qwenref.bundled import tiny_checkpoint
+        from qwenref.model.tokens import parse_tokens
+        from qwenref.stages import parse_layers, parse_stages
+
+        done = capturing.capture(
+            model or tiny_checkpoint(),
+            output,
+            layers=parse_layers(layers),
+            prompt=prompt,
+            tokens=None if tokens is None else parse_tokens(tokens),
+            stages=parse_stages(stages),
+            dtype=dtype,
+            device=device,
+            layout=layout,
+            residual=residual,
+            force=force,
+            progress=progress,
+        )
+    for stage in done.written:
+        if stage.nonfinite:
+            found = f"{stage.file.stage} holds {stage.nonfinite} NaN or infinite values"
+            typer.echo(f"qwenref: warning: {found}", err=True)
+    if json:
+        typer.echo(done.manifest.to_json(), nl=False)
+    elif not quiet:
+        typer.echo(_table(done))
+
+
+@contextmanager
+def _progress(quiet: bool) -> Iterator[Callable[[str], object]]:
+    """Show the current step on a terminal; elsewhere show nothing."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield status.update
+
+
+def _table(done: "Captured") -> str:
+    """Return what was written, one line a stage."""
+    made = done.manifest
+    first = made.stages[0]
+    T = first.shape[first.axes.split().index("T")]
+    asked = "" if made.prompt is None else f" of {made.prompt!r}"
+    title = f"{made.model}, layer {first.layer}, {T} tokens{asked}, {made.dtype} on {made.device}"
+    rows = [("stage", "shape", "rms", "file")]
+    rows += [
+        (s.file.stage, str(s.file.shape), f"{s.rms:.3e}", str(done.directory / s.file.file))
+        for s in done.written
+    ]
+    stage, shape = (max(len(row[column]) for row in rows) for column in (0, 1))
+    lines = [title]
+    lines += [f"{row[0]:{stage}}  {row[1]:{shape}}  {row[2]:9}  {row[3]}" for row in rows]
+    return "\n".join(printable(line) for line in lines)

@@ -1,0 +1,161 @@
+"""manifest.json: what a dump directory holds, and from what it was computed.
+
+There is no clock and no path in it: the same run gives the same bytes.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+
+from qwenref.dumps.aprt import MAX_VALUES
+from qwenref.errors import QwenrefError
+from qwenref.files import read_bounded
+
+NAME = "manifest.json"
+LIMIT = 1 << 26
+"""Bytes; a million token ids take about ten million."""
+
+_Fingerprint = Annotated[str, msgspec.Meta(pattern="^blake3:[0-9a-f]{64}$")]
+_Layer = Annotated[int, msgspec.Meta(ge=0, lt=MAX_VALUES)]
+_Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_VALUES)]
+
+
+class UsedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The fields of config.json that the stages depend on."""
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+
+
+class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Fingerprints of the weights, independent of how they are stored.
+
+    Attributes:
+        layers: For each layer (its number as a string) that of its attention tensors.
+        embedding: That of the prompt's rows of the embedding table; None if they were not read.
+        biases: Whether the q, k and v projections have biases; without, qkv_bias is qkv_matmul.
+    """
+
+    layers: dict[str, _Fingerprint]
+    embedding: _Fingerprint | None
+    biases: bool
+
+
+class StageFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One stage file.
+
+    Attributes:
+        stage: Its name.
+        layer: Its layer, or None for a stage of the whole model.
+        file: Path relative to the manifest: ``layer-0/attn_scores.bin``.
+        shape: Sizes of its axes, row-major.
+        axes: Letters of its axes, separated by blanks, as in `qwenref.stages`.
+        fingerprint: BLAKE3 of the file.
+    """
+
+    stage: Annotated[str, msgspec.Meta(pattern="^[a-z0-9_]+$")]
+    layer: _Layer | None
+    file: Annotated[str, msgspec.Meta(pattern=r"^(layer-[0-9]+/)?[a-z0-9_]+\.bin$")]
+    shape: list[_Size]
+    axes: Annotated[str, msgspec.Meta(pattern="^[A-Z]( [A-Z])*$")]
+    fingerprint: _Fingerprint
+
+
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The whole file.
+
+    Attributes:
+        schema: Names this format.
+        engine: Who computed: ``qwenref`` or ``transformers``.
+        versions: Of the packages that the numbers depend on.
+        device: What it was computed on.
+        dtype: What it was computed in; the files hold float32 in any case.
+        layout: How the files lay out the stages, see `qwenref.dumps.layout`.
+        model: The checkpoint's name.
+        prompt: The text, if the tokens were made from one.
+        tokens: The token ids, or None if the run began at a residual stream without them.
+        input: Fingerprint of the residual stream that the run began at, if not at the embedding.
+        config: What the stages depend on besides weights and tokens.
+        weights: Their fingerprints.
+        stages: The files, in the order in which they were computed.
+    """
+
+    schema: Literal["qwenref-manifest-v1"]
+    engine: str
+    versions: dict[str, str]
+    device: str
+    dtype: Literal["float64", "float32", "bfloat16", "float16"]
+    layout: Literal["apr", "hf"]
+    model: str
+    prompt: str | None
+    tokens: list[Annotated[int, msgspec.Meta(ge=0, le=MAX_VALUES)]] | None
+    input: _Fingerprint | None
+    config: UsedConfig
+    weights: Weights
+    stages: list[StageFile]
+
+    def to_json(self) -> str:
+        """Return the text of manifest.json: one line for each field, and for each stage."""
+        lines = []
+        for field, value in msgspec.to_builtins(self).items():
+            if field == "stages":
+                text = "[\n    " + ",\n    ".join(map(_json, value)) + "\n  ]"
+            else:
+                text = _json(value)
+            lines.append(f'  "{field}": {text}')
+        return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _json(value: object) -> str:
+    return msgspec.json.encode(value).decode()
+
+
+def stage_path(layer: int | None, stage: str) -> str:
+    """Return where a stage lies in a dump, relative to its directory, as `apr trace` places it."""
+    return f"{stage}.bin" if layer is None else f"layer-{layer}/{stage}.bin"
+
+
+def write_manifest(directory: Path, **fields: Any) -> Manifest:
+    """Write manifest.json into a directory that has none, and return what it says.
+
+    Args:
+        directory: Where the stage files lie.
+        fields: Those of `Manifest`, except `schema`; checked as when they are read.
+    """
+    fields["schema"] = "qwenref-manifest-v1"
+    manifest = _consistent(msgspec.convert(fields, Manifest, from_attributes=True))
+    with (directory / NAME).open("x", encoding="utf-8", newline="\n") as file:
+        file.write(manifest.to_json())
+    return manifest
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Read and check the manifest of a dump directory; the stage files are not looked at.
+
+    Raises:
+        QwenrefError: It is missing, malformed, of another schema, or contradicts itself.
+    """
+    path = directory / NAME
+    try:
+        return _consistent(msgspec.json.decode(read_bounded(path, LIMIT), type=Manifest))
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise QwenrefError(f"{path}: {error}") from error
+
+
+def _consistent(manifest: Manifest) -> Manifest:
+    """Return the manifest, or raise `ValueError` if it contradicts itself."""
+    places = [(stage.layer, stage.stage) for stage in manifest.stages]
+    if len(set(places)) < len(places):
+        raise ValueError("a stage is listed twice")
+    for stage in manifest.stages:
+        if stage.file != stage_path(stage.layer, stage.stage):
+            raise ValueError(f"{stage.stage} of layer {stage.layer} cannot be at {stage.file!r}")
+        if len(stage.shape) != len(stage.axes.split()) or math.prod(stage.shape) > MAX_VALUES:
+            raise ValueError(f"{stage.stage} cannot have shape {stage.shape}, axes {stage.axes}")
+    return manifest

@@ -1,0 +1,1 @@
+"""The room that makes the numbers: configuration, checkpoint, weights, attention."""

@@ -1,0 +1,179 @@
+"""A checkpoint on disk: where each tensor lies, and reading parts of it without holding more.
+
+The safetensors library parses and validates the files; names, shapes and dtypes are compared here
+with what the configuration says, so that nothing is allocated because a file claims it.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+import ml_dtypes
+import msgspec
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from qwenref.errors import QwenrefError, printable
+from qwenref.files import read_bounded, reason
+from qwenref.model.config import Config, read_config
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+INDEX_LIMIT = 1 << 24
+"""Bytes; the index of the 72B, the largest published, has about 80,000."""
+
+DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
+"""The stored dtypes that widen to float32 without loss, by their names in a file's header."""
+
+CHUNK = 1 << 22
+"""Bytes mapped at a time: pages of the file count as memory only while one chunk is read."""
+
+
+class Checkpoint:
+    """Configuration and tensors of one model directory or one .safetensors file.
+
+    Attributes:
+        name: What to call it: the directory's name, or the file's without its ending.
+        directory: Where config.json and tokenizer.json lie.
+        config: The checked configuration.
+    """
+
+    def __init__(self, path: Path):
+        """Open a checkpoint; no tensor is read.
+
+        Args:
+            path: A directory with config.json and model.safetensors, or with
+                model.safetensors.index.json and the shards it names; or one .safetensors file
+                with config.json beside it.
+
+        Raises:
+            QwenrefError: Something is missing, malformed, or leads out of the directory.
+        """
+        if path.is_dir():
+            self.directory = path
+            self.name = printable(path.resolve().name) or "model"
+        elif path.suffix == ".safetensors" and path.is_file():
+            self.directory = path.parent
+            self.name = printable(path.stem)
+        else:
+            found = "is neither" if path.exists() else "does not exist; expected"
+            raise QwenrefError(f"no model: {path} {found} a directory or a .safetensors file")
+        self.config: Config = read_config(self.directory / "config.json")
+        if not path.is_dir():
+            self._files = _tensors_of(path)
+        elif (path / SINGLE).exists():  # as transformers: one whole file wins over an index
+            self._files = _tensors_of(path / SINGLE)
+        elif (path / INDEX).exists():
+            self._files = _indexed_tensors(path)
+        else:
+            raise QwenrefError(f"no weights: {path} has neither {SINGLE} nor {INDEX}")
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+
+    def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
+        """Return what keeps the tensors in `shapes` from being read: absence, shape, dtype."""
+        found = []
+        for name, expected in shapes.items():
+            if name not in self._files:
+                found.append(f"{name} is missing")
+                continue
+            shape, dtype = self._header(name)
+            if shape != expected:
+                found.append(f"{name} has shape {list(shape)}, the config says {list(expected)}")
+            if dtype not in DTYPES:
+                found.append(f"{name} is stored as {dtype}, not as one of {', '.join(DTYPES)}")
+        return found
+
+    def holds(self, name: str) -> bool:
+        """Return whether the checkpoint has a tensor of this exact name."""
+        return name in self._files
+
+    def dtype(self, name: str) -> np.dtype:
+        """Return the stored dtype of a tensor that `problems` found readable."""
+        return DTYPES[self._header(name)[1]]
+
+    def rows(self, name: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield `(row, values)` for consecutive pieces of rows `start` to `stop`, stored dtype.
+
+        Each piece is at most `CHUNK` bytes (one row, if that is larger). The file is opened anew
+        for each: dropping the mapping is what keeps its pages out of this process's memory.
+        """
+        shape, _ = self._header(name)
+        row_bytes = self.dtype(name).itemsize * int(np.prod(shape[1:]))
+        step = max(1, CHUNK // row_bytes)
+        for row in range(start, stop, step):
+            with _opened(self._files[name]) as file:
+                yield row, file.get_slice(name)[row : min(row + step, stop)]
+
+    def _header(self, name: str) -> tuple[tuple[int, ...], str]:
+        if name not in self._headers:
+            with _opened(self._files[name]) as file:
+                header = file.get_slice(name)
+                self._headers[name] = tuple(header.get_shape()), header.get_dtype()
+        return self._headers[name]
+
+
+def _opened(path: Path) -> safe_open:
+    """Open a safetensors file; the library checks the header against the file's size.
+
+    Raises:
+        QwenrefError: The file is missing, truncated, or no safetensors file.
+    """
+    if not path.is_file():
+        raise QwenrefError(f"{path} is missing, or is not a regular file")
+    try:
+        return safe_open(path, framework="np")
+    except (SafetensorError, OSError) as error:
+        raise QwenrefError(
+            f"{path} is truncated or is no safetensors file: {reason(error)}"
+        ) from error
+
+
+def _tensors_of(path: Path) -> dict[str, Path]:
+    with _opened(path) as file:
+        return dict.fromkeys(file.keys(), path)
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _indexed_tensors(directory: Path) -> dict[str, Path]:
+    """Return the file of each tensor that the index names, every claim checked.
+
+    The index is text from outside: a shard must be a plain file name, exist, and hold the tensors
+    that the index says it holds.
+    """
+    index = directory / INDEX
+    try:
+        parsed = msgspec.json.decode(read_bounded(index, INDEX_LIMIT), type=_Index)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise QwenrefError(f"{index}: {error}") from error
+    held: dict[str, dict[str, Path]] = {}
+    for name, shard in parsed.weight_map.items():
+        if shard not in held:
+            if not _is_plain_file_name(shard):
+                raise QwenrefError(
+                    f"{index}: tensor {name!r} points to {shard!r}; a shard must be a .safetensors "
+                    "file in the same directory"
+                )
+            if not (directory / shard).exists():
+                raise QwenrefError(
+                    f"shard {directory / shard} is missing, though {INDEX} names it: complete the "
+                    "download, or give the one .safetensors file that holds the layer as --model"
+                )
+            held[shard] = _tensors_of(directory / shard)
+        if name not in held[shard]:
+            raise QwenrefError(f"{index}: {shard} does not hold {name!r}, though the index says so")
+    return {name: held[shard][name] for name, shard in parsed.weight_map.items()}
+
+
+def _is_plain_file_name(name: str) -> bool:
+    return (
+        name.endswith(".safetensors")
+        and "\0" not in name
+        and PurePosixPath(name).name == name
+        and PureWindowsPath(name).name == name
+    )
