@@ -24,11 +24,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, Qwen2ForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 from transformers.models.qwen2.modeling_qwen2 import eager_attention_forward
+from transformers.utils import logging
 
 import qwenref
 from qwenref.dumps.layout import LAYOUTS
 from qwenref.dumps.manifest import write_manifest
-from qwenref.dumps.tree import new_dump, write_stage
+from qwenref.dumps.place import new_dump
+from qwenref.dumps.tree import StageWriter
 from qwenref.errors import QwenrefError, printable
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.tokens import DEFAULT_PROMPT, encode, parse_tokens
@@ -194,10 +196,12 @@ def main() -> None:
     parser.add_argument("--layout", choices=LAYOUTS, default="apr")
     parser.add_argument("-o", "--output", type=Path, required=True, help="dump directory")
     parser.add_argument("--force", action="store_true", help="replace a dump that is there")
+    logging.disable_progress_bar()
     try:
         capture(parser.parse_args())
     except QwenrefError as error:
-        sys.exit(f"capture_hf: error: {printable(str(error))}")
+        print(f"capture_hf: error: {printable(str(error))}", file=sys.stderr)
+        sys.exit(2)
 
 
 def capture(options: argparse.Namespace) -> None:
@@ -218,11 +222,13 @@ def capture(options: argparse.Namespace) -> None:
             biases |= weights.q_bias is not None
         _, rows_fingerprint = read_embedding(checkpoint, tokens)
         records = stages_of(load(checkpoint.directory, options.dtype), tokens, layers)
-        files = [
-            write_stage(folder, layer, stage, record[stage.name], layout).file
-            for layer, record in records.items()
-            for stage in ATTENTION
-        ]
+        sizes = checkpoint.config.sizes | {"T": len(tokens), "S": len(tokens)}
+        files = []
+        for layer, record in records.items():
+            for stage in ATTENTION:
+                with StageWriter(folder, layer, stage, sizes, layout) as writer:
+                    writer.write(record[stage.name])
+                    files.append(writer.finish().file)
         write_manifest(
             folder,
             engine="transformers",
@@ -239,7 +245,7 @@ def capture(options: argparse.Namespace) -> None:
             weights={"layers": fingerprints, "embedding": rows_fingerprint, "biases": biases},
             stages=files,
         )
-    print(f"{len(files)} stages of {options.model} in {options.output}")  # noqa: T201
+    print(f"{len(files)} stages of {options.model} in {options.output}")
 
 
 if __name__ == "__main__":

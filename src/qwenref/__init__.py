@@ -11,16 +11,16 @@ from qwenref.errors import QwenrefError
 if TYPE_CHECKING:
     from qwenref.dumps.aprt import read_aprt as read_aprt
     from qwenref.dumps.aprt import write_aprt as write_aprt
-    from qwenref.run import Stages as Stages
-    from qwenref.run import run as run
+    from qwenref.oracle import Stages as Stages
+    from qwenref.oracle import run as run
 
 __version__ = "0.1.0"
 __all__ = ["QwenrefError", "Stages", "read_aprt", "run", "write_aprt"]
 
 _HOMES = {
-    "Stages": "qwenref.run",
+    "Stages": "qwenref.oracle",
     "read_aprt": "qwenref.dumps.aprt",
-    "run": "qwenref.run",
+    "run": "qwenref.oracle",
     "write_aprt": "qwenref.dumps.aprt",
 }
 

@@ -1,8 +1,10 @@
 """From a checkpoint and a prompt to a dump directory: what `qwenref capture` does."""
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import ExitStack
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,16 +12,17 @@ import numpy as np
 
 import qwenref
 from qwenref.dumps import manifest
-from qwenref.dumps.aprt import MAX_VALUES, fingerprint_of, read_aprt
+from qwenref.dumps.aprt import MAX_VALUES, Aprt, read_aprt
 from qwenref.dumps.layout import layout_named
-from qwenref.dumps.tree import Written, new_dump, write_stage
+from qwenref.dumps.place import new_dump
+from qwenref.dumps.tree import StageWriter, Written
 from qwenref.errors import QwenrefError
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
-from qwenref.model.tokens import DEFAULT_PROMPT, check_range, encode
+from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
 from qwenref.model.weights import read_attention, read_embedding
-from qwenref.run import chain_values, computing
+from qwenref.oracle import Piece, chain_pieces, computing
 from qwenref.stages import ATTENTION, EMBEDDING, Stage
 
 
@@ -31,11 +34,16 @@ class Captured(NamedTuple):
     written: list[Written]
 
 
-class Prompt(NamedTuple):
-    """What was asked: a text and its tokens, tokens alone, or neither, with a residual stream."""
+class Start(NamedTuple):
+    """Where a run begins: at tokens (with their text, if any), or at a given residual stream."""
 
     text: str | None
-    tokens: list[int] | None
+    tokens: list[int]
+    stream: Aprt | None
+
+    def length(self, hidden_size: int) -> int:
+        """The number of tokens, T."""
+        return len(self.tokens) if self.stream is None else self.stream.values.size // hidden_size
 
 
 def capture(
@@ -76,31 +84,36 @@ def capture(
     checkpoint = Checkpoint(model)
     config = checkpoint.config
     layer = _the_layer(layers, config, residual)
-    asked = _prompt(checkpoint, prompt, tokens, residual)
-    stream = None
-    if residual is not None:
-        if EMBEDDING in stages:
-            raise QwenrefError("a run from --input has no stage embedding: leave it out")
-        stream = _read_residual(residual, layer, config, asked.tokens)
-    T = len(asked.tokens or []) if stream is None else len(stream)
+    start = _start(checkpoint, layer, prompt, tokens, residual)
+    if start.stream is not None and EMBEDDING in stages:
+        raise QwenrefError("a run from --input has no stage embedding: leave it out")
+    T = start.length(config.hidden_size)
     config.refuse_window(layer, T)
-    _refuse_uncountable(stages, config, T)
+    sizes = config.sizes | {"T": T, "S": T}
+    _refuse_uncountable(stages, sizes)
     output = output or Path(f"{checkpoint.name}-qwenref")
 
     with computing(dtype, device) as taken, new_dump(output, force=force) as folder:
         progress(f"reading the weights of layer {layer}")
         weights, weights_print = read_attention(checkpoint, layer)
-        rows_print = None
-        if stream is None:
-            stream, rows_print = read_embedding(checkpoint, asked.tokens or [])
-        stream = stream.astype(dtype)
-        written = []
+        if start.stream is None:
+            rows, rows_print = read_embedding(checkpoint, start.tokens)
+        else:
+            rows, rows_print = start.stream.values.reshape(T, -1), None
+        stream = rows.astype(dtype)
+        pieces = chain_pieces(Attention(config, weights), stream, stages)
         if EMBEDDING in stages:
-            written.append(write_stage(folder, layer, EMBEDDING, stream, arrange))
-        progress("compiling and computing")
-        for stage, values in chain_values(Attention(config, weights), stream, stages):
-            progress(f"writing {stage.name}")
-            written.append(write_stage(folder, layer, stage, values, arrange))
+            pieces = chain([Piece(EMBEDDING, 0, stream)], pieces)
+        progress("compiling")
+        with ExitStack() as files:
+            writers: dict[Stage, StageWriter] = {}
+            for stage, first, values in pieces:
+                progress(f"writing {stage.name}")
+                if stage not in writers:
+                    writer = StageWriter(folder, layer, stage, sizes, arrange)
+                    writers[stage] = files.enter_context(writer)
+                writers[stage].write(values, first)
+            written = [writer.finish() for writer in writers.values()]
         made = manifest.write_manifest(
             folder,
             engine="qwenref",
@@ -110,9 +123,9 @@ def capture(
             dtype=dtype,
             layout=layout,
             model=checkpoint.name,
-            prompt=asked.text,
-            tokens=asked.tokens,
-            input=None if residual is None else fingerprint_of(residual),
+            prompt=start.text,
+            tokens=start.tokens or None,
+            input=None if start.stream is None else start.stream.fingerprint,
             config=config,
             weights=manifest.Weights(
                 layers={str(layer): weights_print},
@@ -144,9 +157,13 @@ def _the_layer(layers: Sequence[int], config: Config, residual: Path | None) -> 
     return 0
 
 
-def _prompt(
-    checkpoint: Checkpoint, text: str | None, tokens: list[int] | None, residual: Path | None
-) -> Prompt:
+def _start(
+    checkpoint: Checkpoint,
+    layer: int,
+    text: str | None,
+    tokens: list[int] | None,
+    residual: Path | None,
+) -> Start:
     if text is not None and tokens is not None:
         raise QwenrefError("--prompt and --tokens were both given; use one of them")
     if text is None and tokens is None and residual is None:
@@ -154,13 +171,14 @@ def _prompt(
     if text is not None:
         tokens = encode(text, checkpoint.directory)
     if tokens is not None:
-        if not tokens:
-            raise QwenrefError("the prompt is empty: it has no tokens")
-        check_range(tokens, checkpoint.config.vocab_size)
-    return Prompt(text, tokens)
+        check_tokens(tokens, checkpoint.config.vocab_size)
+    stream = None
+    if residual is not None:
+        stream = _read_residual(residual, layer, checkpoint.config.hidden_size, tokens)
+    return Start(text, tokens or [], stream)
 
 
-def _read_residual(path: Path, layer: int, config: Config, tokens: list[int] | None) -> np.ndarray:
+def _read_residual(path: Path, layer: int, D: int, tokens: list[int] | None) -> Aprt:
     """Read the residual stream [T, D] that enters `layer` from another engine's dump."""
     found = read_aprt(path)
     # apr calls the stream that enters layer n the post_ffn_residual of layer n-1
@@ -169,24 +187,22 @@ def _read_residual(path: Path, layer: int, config: Config, tokens: list[int] | N
             f"{path} says that it belongs to layer {found.layer}; what enters layer {layer} is "
             f"marked {layer}, or {layer - 1} (whose output it is)"
         )
-    D = config.hidden_size
     T, rest = divmod(found.values.size, D)
     if rest or not T:
         raise QwenrefError(f"{path} has {found.values.size} values, no multiple of hidden_size {D}")
     if tokens is not None and len(tokens) != T:
         raise QwenrefError(f"{path} has {T} tokens, but {len(tokens)} were given")
-    bad = int(np.count_nonzero(~np.isfinite(found.values)))
+    bad = found.values.size - int(np.count_nonzero(np.isfinite(found.values)))
     if bad:
         raise QwenrefError(f"{path} holds {bad} NaN or infinite values")
-    return found.values.reshape(T, D)
+    return found
 
 
-def _refuse_uncountable(stages: Collection[Stage], config: Config, T: int) -> None:
-    sizes = config.sizes | {"T": T, "S": T}
+def _refuse_uncountable(stages: Collection[Stage], sizes: Mapping[str, int]) -> None:
     for stage in stages:
         count = math.prod(sizes[axis] for axis in stage.axes)
         if count > MAX_VALUES:
             raise QwenrefError(
-                f"{stage.name} of {T} tokens has {count} values, more than the {MAX_VALUES} that "
-                "an APRT file can count: use fewer tokens, or leave it out with --stages"
+                f"{stage.name} of {sizes['T']} tokens has {count} values, and an APRT file counts "
+                f"at most {MAX_VALUES}: use fewer tokens, or leave it out with --stages"
             )

@@ -15,6 +15,7 @@ import typer
 
 import qwenref
 from qwenref.errors import QwenrefError, printable
+from qwenref.files import reason
 
 if TYPE_CHECKING:
     from qwenref.capture import Captured
@@ -28,32 +29,46 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line and exit; trouble is one line on standard error."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
     try:
-        status = app(standalone_mode=False)
-    except (QwenrefError, typer.TyperException) as error:
-        text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
-        typer.echo(f"qwenref: error: {printable(text)}", err=True)
-        status = 2
+        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except typer.TyperException as error:
+        status = _trouble(error.format_message())
+    except QwenrefError as error:
+        status = _trouble(str(error))
     sys.exit(status)
 
 
-def _version(asked: bool) -> None:
+def _trouble(message: str) -> int:
+    typer.echo(f"qwenref: error: {printable(message)}", err=True)
+    return 2
+
+
+def _report(text: str) -> None:
+    """Print on standard output; if that is full or closed, it is trouble."""
+    try:
+        typer.echo(text, nl=not text.endswith("\n"))
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        raise QwenrefError(f"cannot print the report: {reason(error)}") from error
+
+
+def _version(asked: bool) -> bool:
     if asked:
         typer.echo(f"qwenref {qwenref.__version__}")
         raise typer.Exit
+    return asked
 
 
-@app.callback(invoke_without_command=True)
+@app.callback()
 def root(
-    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Compute Qwen2.5's layer-0 attention independently, to judge another engine by."""
-    if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
 
 
 @app.command()
@@ -140,15 +155,15 @@ def capture(
             found = f"{stage.file.stage} holds {stage.nonfinite} NaN or infinite values"
             typer.echo(f"qwenref: warning: {found}", err=True)
     if json:
-        typer.echo(done.manifest.to_json(), nl=False)
+        _report(done.manifest.to_json())
     elif not quiet:
-        typer.echo(_table(done))
+        _report(_table(done))
 
 
 @contextmanager
 def _progress(quiet: bool) -> Iterator[Callable[[str], object]]:
     """Show the current step on a terminal; elsewhere show nothing."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
         yield lambda _: None
         return
     from rich.console import Console

@@ -1,13 +1,6 @@
 """The one error that a user can mend."""
 
 
-class QwenrefError(Exception):
-    """What is wrong, what was found, and what to do about it, in one line.
-
-    The command line prints it and exits with status 2; it never shows a traceback for one.
-    """
-
-
 def printable(text: str) -> str:
     r"""Return `text` on one line, with control characters escaped (a newline becomes ``\n``).
 
@@ -18,3 +11,13 @@ def printable(text: str) -> str:
         c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
         for c in text
     )
+
+
+class QwenrefError(Exception):
+    """What is wrong, what was found, and what to do about it, in one line.
+
+    The command line prints it and exits with status 2; it never shows a traceback for one.
+    """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())

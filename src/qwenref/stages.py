@@ -27,6 +27,8 @@ class Stage:
         computed_from: The stages (or `RESIDUAL`) whose arrays its method takes, in that order.
         blocks: Names of the parts that its last axis concatenates; their widths are E, K*H, K*H.
         masked: Whether cells with key position > query position mean nothing.
+        sliced: Whether its method takes a slice of the queries and the position of the first, so
+            that [N, T, S] never exists whole.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Stage:
     computed_from: tuple[str, ...]
     blocks: tuple[str, ...] = ()
     masked: bool = False
+    sliced: bool = False
 
 
 EMBEDDING = Stage("embedding", ("T", "D"), ())
@@ -44,9 +47,9 @@ ATTENTION = (
     Stage("qkv_bias", ("T", "F"), ("qkv_matmul",), blocks=("q", "k", "v")),
     Stage("q_post_rope", ("T", "N", "H"), ("qkv_bias",)),
     Stage("k_post_rope", ("T", "K", "H"), ("qkv_bias",)),
-    Stage("attn_scores", ("N", "T", "S"), ("q_post_rope", "k_post_rope"), masked=True),
-    Stage("attn_softmax", ("N", "T", "S"), ("attn_scores",), masked=True),
-    Stage("attention", ("T", "E"), ("attn_softmax", "qkv_bias")),
+    Stage("attn_scores", ("N", "T", "S"), ("q_post_rope", "k_post_rope"), masked=True, sliced=True),
+    Stage("attn_softmax", ("N", "T", "S"), ("attn_scores",), masked=True, sliced=True),
+    Stage("attention", ("T", "E"), ("attn_softmax", "qkv_bias"), sliced=True),
     Stage("attn_out", ("T", "D"), ("attention",)),
 )
 """The nine sub-stages of one attention layer, in the order in which they are computed."""

@@ -10,7 +10,6 @@ is the normative text.
 """
 
 import struct
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,6 +31,12 @@ class Aprt(NamedTuple):
 
     layer: int | None
     values: np.ndarray
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the file, see `fingerprint_of`."""
+        digest = blake3(_header(self.layer, self.values.size))
+        return f"blake3:{digest.update(self.values.view(np.uint8).data).hexdigest()}"
 
 
 def read_aprt(path: str | Path) -> Aprt:
@@ -67,46 +72,100 @@ def read_aprt(path: str | Path) -> Aprt:
     return Aprt(None if layer == WHOLE_MODEL else layer, values)
 
 
-def write_aprt(path: str | Path, layer: int | None, parts: Iterable[np.ndarray], count: int) -> str:
-    """Write one APRT file that does not exist yet, and return its fingerprint.
+class AprtWriter:
+    """An APRT file that does not exist yet, written in runs of values in any order."""
+
+    def __init__(self, path: str | Path, layer: int | None, count: int):
+        """Create the file.
+
+        Args:
+            path: Where; a file that exists is never overwritten.
+            layer: Layer number, or None for a stage of the whole model.
+            count: How many values there will be.
+
+        Raises:
+            QwenrefError: `count` or `layer` does not fit its u32 field.
+            OSError: The file cannot be created.
+        """
+        header = _header(layer, count)
+        self.path = Path(path)
+        self._count = count
+        self._runs: list[tuple[int, int]] = []
+        self._file = self.path.open("xb")
+        self._file.write(header)
+
+    def write(self, start: int, values: np.ndarray) -> np.ndarray:
+        """Write consecutive values, the first of which has index `start`; each index just once.
+
+        Returns:
+            The values as written: flat float32, infinite where float64 exceeds its range.
+
+        Raises:
+            ValueError: They begin before the first or end after the last value.
+        """
+        with np.errstate(over="ignore"):
+            run = np.ascontiguousarray(values, VALUE).reshape(-1)
+        end = start + run.size
+        if not 0 <= start <= end <= self._count:
+            raise ValueError(f"{self.path} has no values {start} to {end}, only {self._count}")
+        self._file.seek(HEADER.size + VALUE.itemsize * start)
+        self._file.write(run.data)
+        if run.size:
+            self._runs.append((start, end))
+        return run
+
+    def __enter__(self) -> "AprtWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def finish(self) -> str:
+        """Close the file and return its fingerprint, see `fingerprint_of`.
+
+        Raises:
+            ValueError: A value was not written, or written twice.
+        """
+        self._file.close()
+        runs = sorted(self._runs)
+        if [start for start, _ in runs] + [self._count] != [0] + [end for _, end in runs]:
+            raise ValueError(f"{self.path}: not each of {self._count} values was written once")
+        return fingerprint_of(self.path)
+
+
+def write_aprt(path: str | Path, layer: int | None, values: np.ndarray) -> str:
+    """Write a whole array as an APRT file that does not exist yet; return its fingerprint.
 
     Args:
-        path: Where to; never overwritten.
+        path: Where to; a file that exists is never overwritten.
         layer: Layer number, or None for a stage of the whole model.
-        parts: The values in row-major order, in pieces of any shape; cast to float32.
-        count: How many values there are in all.
-
-    Returns:
-        ``blake3:`` and the BLAKE3 hash of the whole file, as `b3sum` prints it.
+        values: Any shape, row-major; cast to float32.
 
     Raises:
-        QwenrefError: `count` or `layer` does not fit its u32 field.
-        ValueError: `parts` does not hold `count` values.
+        QwenrefError: The size or `layer` does not fit its u32 field.
         OSError: The file cannot be written.
     """
-    if not 0 <= count <= MAX_VALUES:
-        raise QwenrefError(f"{count} values do not fit an APRT file, which counts them in 32 bits")
-    if layer is not None and not 0 <= layer < WHOLE_MODEL:
-        raise QwenrefError(f"layer {layer} does not fit an APRT file")
-    header = HEADER.pack(MAGIC, WHOLE_MODEL if layer is None else layer, count)
-    digest = blake3(header)
-    written = 0
-    with Path(path).open("xb") as file:
-        file.write(header)
-        for part in parts:
-            values = np.ascontiguousarray(part, VALUE).reshape(-1)
-            file.write(values.data)
-            digest.update(values.view(np.uint8).data)
-            written += values.size
-    if written != count:
-        raise ValueError(f"{written} values given, {count} announced")
-    return f"blake3:{digest.hexdigest()}"
+    with AprtWriter(path, layer, values.size) as writer:
+        writer.write(0, values)
+        return writer.finish()
 
 
 def fingerprint_of(path: str | Path) -> str:
-    """Return what `write_aprt` returned when it wrote this file.
+    """Return ``blake3:`` and the BLAKE3 hash of a file, as `b3sum` prints it.
 
     Raises:
         OSError: The file cannot be read.
     """
-    return f"blake3:{blake3().update_mmap(path).hexdigest()}"
+    digest = blake3()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return f"blake3:{digest.hexdigest()}"
+
+
+def _header(layer: int | None, count: int) -> bytes:
+    if not 0 <= count <= MAX_VALUES:
+        raise QwenrefError(f"{count} values do not fit an APRT file: it counts in 32 bits")
+    if layer is not None and not 0 <= layer < WHOLE_MODEL:
+        raise QwenrefError(f"layer {layer} does not fit an APRT file")
+    return HEADER.pack(MAGIC, WHOLE_MODEL if layer is None else layer, count)

@@ -4,6 +4,7 @@ The arithmetic knows nothing of this: attention computes every stage in the axes
 `qwenref.stages`, scores unmasked, and a layout rearranges the finished array.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,16 +34,26 @@ class Layout:
             return heads, tokens, channels
         return stage.axes
 
-    def parts(self, stage: Stage, values: np.ndarray) -> Iterator[np.ndarray]:
-        """Yield the rows of the first axis of `values` in this layout, one after the other.
+    def runs(
+        self, stage: Stage, values: np.ndarray, first: int, T: int
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield `(start, run)`: the values of each contiguous run in the laid out, flat array.
 
         Args:
-            stage: Which stage `values` is.
-            values: Its array in the axes of `stage.axes`, scores unmasked.
+            stage: Which stage `values` belongs to.
+            values: Its array in the axes of `stage.axes`, scores unmasked, for the tokens (or
+                queries) from `first` on.
+            first: Position of the first of them.
+            T: How many tokens the whole array has.
         """
-        order = [stage.axes.index(axis) for axis in self.axes(stage)]
-        for part in values.transpose(order):
-            yield np.tril(part) if self.masks_scores and stage.masked else part
+        axes = self.axes(stage)
+        values = values.transpose([stage.axes.index(axis) for axis in axes])
+        if axes[0] == "T":
+            yield first * math.prod(values.shape[1:]), values
+            return
+        for head, part in enumerate(values):
+            start = (head * T + first) * part.shape[1]
+            yield start, np.tril(part, first) if self.masks_scores and stage.masked else part
 
 
 LAYOUTS = {

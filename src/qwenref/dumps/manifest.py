@@ -17,7 +17,7 @@ NAME = "manifest.json"
 LIMIT = 1 << 26
 """Bytes; a million token ids take about ten million."""
 
-_Fingerprint = Annotated[str, msgspec.Meta(pattern="^blake3:[0-9a-f]{64}$")]
+_Fingerprint = Annotated[str, msgspec.Meta(pattern="^blake3:[0-9a-f]{64}$", max_length=71)]
 _Layer = Annotated[int, msgspec.Meta(ge=0, lt=MAX_VALUES)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_VALUES)]
 
@@ -25,10 +25,10 @@ _Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_VALUES)]
 class UsedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The fields of config.json that the stages depend on."""
 
-    hidden_size: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
+    hidden_size: _Size
+    num_attention_heads: _Size
+    num_key_value_heads: _Size
+    head_dim: _Size
     rms_norm_eps: float
     rope_theta: float
 
@@ -42,7 +42,7 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         biases: Whether the q, k and v projections have biases; without, qkv_bias is qkv_matmul.
     """
 
-    layers: dict[str, _Fingerprint]
+    layers: dict[Annotated[str, msgspec.Meta(pattern="^[0-9]{1,9}$", max_length=9)], _Fingerprint]
     embedding: _Fingerprint | None
     biases: bool
 
@@ -153,9 +153,22 @@ def _consistent(manifest: Manifest) -> Manifest:
     places = [(stage.layer, stage.stage) for stage in manifest.stages]
     if len(set(places)) < len(places):
         raise ValueError("a stage is listed twice")
+    config = manifest.config
+    sizes = {
+        "D": config.hidden_size,
+        "N": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "H": config.head_dim,
+    }
+    if manifest.tokens is not None:
+        sizes["T"] = sizes["S"] = len(manifest.tokens)
     for stage in manifest.stages:
         if stage.file != stage_path(stage.layer, stage.stage):
             raise ValueError(f"{stage.stage} of layer {stage.layer} cannot be at {stage.file!r}")
-        if len(stage.shape) != len(stage.axes.split()) or math.prod(stage.shape) > MAX_VALUES:
-            raise ValueError(f"{stage.stage} cannot have shape {stage.shape}, axes {stage.axes}")
+        axes = stage.axes.split(" ")
+        same = [sizes.setdefault(axis, size) for axis, size in zip(axes, stage.shape, strict=False)]
+        if len(axes) != len(stage.shape) or axes != stage.axes.split() or same != stage.shape:
+            raise ValueError(f"{stage.stage} cannot have shape {stage.shape} of axes {stage.axes}")
+        if math.prod(stage.shape) > MAX_VALUES:
+            raise ValueError(f"{stage.stage} of shape {stage.shape} does not fit an APRT file")
     return manifest

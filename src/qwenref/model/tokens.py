@@ -27,7 +27,7 @@ def encode(prompt: str, directory: Path) -> list[int]:
         directory: Where the checkpoint's tokenizer.json lies.
 
     Raises:
-        QwenrefError: There is no usable tokenizer.json, or the text is empty or no Unicode.
+        QwenrefError: There is no usable tokenizer.json, or the text is no Unicode.
     """
     from tokenizers import Tokenizer  # needs 50 ms, and not for ids given as numbers
 
@@ -43,8 +43,6 @@ def encode(prompt: str, directory: Path) -> list[int]:
         raise
     except Exception as error:  # the library raises nothing more specific
         raise QwenrefError(f"{path} is not a usable tokenizer: {error}") from error
-    if not tokens:
-        raise QwenrefError("the prompt is empty: it has no tokens")
     return tokens
 
 
@@ -77,8 +75,10 @@ def parse_tokens(spec: str) -> list[int]:
     return tokens
 
 
-def check_range(tokens: Sequence[int], vocab_size: int) -> None:
-    """Raise `QwenrefError` if a token id is not a row of an embedding of `vocab_size` rows."""
+def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
+    """Raise `QwenrefError` if there are no tokens, or one is no row of the embedding table."""
+    if not len(tokens):
+        raise QwenrefError("the prompt is empty: it has no tokens")
     outside = [token for token in tokens if not 0 <= token < vocab_size]
     if outside:
         raise QwenrefError(

@@ -9,7 +9,7 @@ from blake3 import blake3
 from qwenref.errors import QwenrefError
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
-from qwenref.model.tokens import check_range
+from qwenref.model.tokens import check_tokens
 
 EMBEDDING = "model.embed_tokens.weight"
 BIASES = ("q_bias", "k_bias", "v_bias")
@@ -92,7 +92,7 @@ def read_embedding(checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[np.nd
     config = checkpoint.config
     table = Tensor(EMBEDDING, (config.vocab_size, config.hidden_size))
     _refuse(checkpoint, checkpoint.problems(dict([table])))
-    check_range(tokens, config.vocab_size)
+    check_tokens(tokens, config.vocab_size)
     rows = np.empty((len(tokens), config.hidden_size), checkpoint.dtype(EMBEDDING))
     fingerprint = Fingerprint()
     fingerprint.start(EMBEDDING, rows.shape)

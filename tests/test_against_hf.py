@@ -1,0 +1,204 @@
+"""Every stage against the real Qwen2ForCausalLM of transformers, run live."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from capture_hf import load, stages_of
+from comparison import NOISE, worst
+from conftest import TINY
+from make_tiny_checkpoint import Shape, write
+from safetensors.numpy import load_file, save_file
+from torch.nn import functional
+from transformers.models.qwen2 import modeling_qwen2
+
+import qwenref
+from qwenref.model.attention import Attention
+from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.weights import read_attention, read_embedding
+from qwenref.oracle import chain_pieces, computing
+from qwenref.stages import ATTENTION
+
+BASE = Shape(84, 6, 2, 16, 2, 320, seed=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random checkpoint, what is special about it, and how many tokens it is given."""
+
+    shape: Shape = BASE
+    tokens: int = 7
+    dtype: str = "bfloat16"
+    shard_bytes: int = 1 << 30
+    edit: Callable[[Path], None] = lambda directory: None
+
+    def write(self, directory: Path) -> Path:
+        write(directory, self.shape, dtype=self.dtype, shard_bytes=self.shard_bytes)
+        self.edit(directory)
+        return directory
+
+    def prompt(self) -> list[int]:
+        rng = np.random.default_rng(self.tokens)
+        return rng.integers(0, self.shape.vocab_size, self.tokens).tolist()
+
+
+def edit_tensors(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]):
+    def edit(directory: Path) -> None:
+        file = directory / "model.safetensors"
+        save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+    return edit
+
+
+def is_bias(name: str) -> bool:
+    return name.endswith("_proj.bias")
+
+
+def zero_biases(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: t * t.dtype.type(not is_bias(name)) for name, t in tensors.items()}
+
+
+def no_biases(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: t for name, t in tensors.items() if not is_bias(name)}
+
+
+def mixed_dtypes(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def stored(name: str, t: np.ndarray) -> np.ndarray:
+        if "q_proj" in name:
+            return t.astype(np.float32)
+        return t.astype(np.float16) if "norm" in name or "k_proj.bias" in name else t
+
+    return {name: stored(name, t) for name, t in tensors.items()}
+
+
+def nested_theta(directory: Path) -> None:
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    theta = config.pop("rope_theta")
+    config["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    file.write_text(json.dumps(config))
+
+
+CASES = {
+    "plain": Case(),
+    "K=N": Case(replace(BASE, hidden_size=60, num_attention_heads=5, num_key_value_heads=5)),
+    "K=1": Case(replace(BASE, num_key_value_heads=1)),
+    "G=5": Case(replace(BASE, hidden_size=60, num_attention_heads=10)),
+    "N*H>D": Case(replace(BASE, head_dim=22)),
+    "N*H<D": Case(replace(BASE, head_dim=6)),
+    "zero biases": Case(edit=edit_tensors(zero_biases)),
+    "no biases": Case(edit=edit_tensors(no_biases)),
+    "tied": Case(replace(BASE, tie_word_embeddings=True)),
+    "theta 1e4": Case(replace(BASE, rope_theta=1e4)),
+    "theta in rope_parameters": Case(replace(BASE, rope_theta=5e5), edit=nested_theta),
+    "eps 1e-5": Case(replace(BASE, rms_norm_eps=1e-5)),
+    "T=1": Case(tokens=1),
+    "T=2": Case(tokens=2),
+    "T=65": Case(tokens=65),
+    "sharded": Case(shard_bytes=20_000),
+    "float16 weights": Case(dtype="float16"),
+    "float32 weights": Case(dtype="float32"),
+    "mixed dtypes": Case(edit=edit_tensors(mixed_dtypes)),
+}
+
+
+@pytest.fixture(params=["bundled", *CASES])
+def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[int]]:
+    """A checkpoint and a prompt."""
+    if request.param == "bundled":
+        return TINY, [87, 104, 97, 116, 32, 105, 115, 32, 50, 43, 50, 63]
+    drawn = CASES[request.param]
+    return drawn.write(tmp_path / "model"), drawn.prompt()
+
+
+def oracle(directory: Path) -> Attention:
+    checkpoint = Checkpoint(directory)
+    return Attention(checkpoint.config, read_attention(checkpoint, 0)[0])
+
+
+def test_float32_stages_agree_with_transformers(case: tuple[Path, list[int]]) -> None:
+    directory, tokens = case
+    theirs = stages_of(load(directory, "float32"), tokens, [0])[0]
+    with computing("float32", "cpu"):
+        attention = oracle(directory)
+        rows, _ = read_embedding(Checkpoint(directory), tokens)
+        pieces = chain_pieces(attention, rows.astype("float32"), ATTENTION)
+        ours = {stage.name: values for stage, _, values in pieces}
+    sizes = attention.config.sizes
+    for stage in ATTENTION:
+        error, where = worst(stage, ours[stage.name], theirs[stage.name], sizes)
+        assert error <= NOISE, where
+
+
+FLOAT32_IN_FLOAT64 = {"attn_norm", "q_post_rope", "k_post_rope", "attn_softmax"}
+"""Stages that transformers computes in float32 even in a float64 model."""
+
+
+def replay_errors(directory: Path, tokens: list[int]) -> dict[str, float]:
+    """Return each stage's error when our float64 method is given transformers' own inputs."""
+    theirs = stages_of(load(directory, "float64"), tokens, [0])[0]
+    assert {array.dtype for array in theirs.values()} == {np.dtype(np.float64)}
+    with computing("float64", "cpu"):
+        attention = oracle(directory)
+        sizes = attention.config.sizes
+        return {
+            stage.name: worst(
+                stage,
+                np.asarray(
+                    getattr(attention, stage.name)(*(theirs[name] for name in stage.computed_from))
+                ),
+                theirs[stage.name],
+                sizes,
+            )[0]
+            for stage in ATTENTION
+        }
+
+
+def test_float64_stages_replay_from_transformers_inputs(case: tuple[Path, list[int]]) -> None:
+    for stage, error in replay_errors(*case).items():
+        assert error <= (1e-6 if stage in FLOAT32_IN_FLOAT64 else 1e-12), stage
+
+
+@pytest.fixture
+def float64_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make transformers compute norm, angles and softmax in float64 too."""
+
+    def norm(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        mean_square = x.pow(2).mean(-1, keepdim=True)
+        return self.weight * (x * torch.rsqrt(mean_square + self.variance_epsilon))
+
+    def angles(self: torch.nn.Module, x: torch.Tensor, position_ids: torch.Tensor):
+        H = 2 * len(self.inv_freq)
+        theta = self.config.rope_parameters["rope_theta"]
+        inv_freq = 1.0 / theta ** (torch.arange(0, H, 2, dtype=torch.float64) / H)
+        half = position_ids[..., None].double() * inv_freq
+        both = torch.cat((half, half), dim=-1)
+        return both.cos(), both.sin()
+
+    original = functional.softmax
+
+    def softmax(values: torch.Tensor, dim: int, dtype: torch.dtype) -> torch.Tensor:
+        assert dtype == torch.float32
+        return original(values, dim=dim, dtype=torch.float64)
+
+    monkeypatch.setattr(modeling_qwen2.Qwen2RMSNorm, "forward", norm)
+    monkeypatch.setattr(modeling_qwen2.Qwen2RotaryEmbedding, "forward", angles)
+    monkeypatch.setattr(functional, "softmax", softmax)
+
+
+@pytest.mark.usefixtures("float64_everywhere")
+def test_float64_stages_replay_exactly_once_transformers_is_float64_throughout(
+    case: tuple[Path, list[int]],
+) -> None:
+    for stage, error in replay_errors(*case).items():
+        assert error <= 1e-12, stage
+
+
+def test_a_model_cast_after_loading_is_refused() -> None:
+    model = load(TINY, "float32").half()
+    with pytest.raises(qwenref.QwenrefError, match="inv_freq is torch"):
+        stages_of(model, [1, 2], [0])

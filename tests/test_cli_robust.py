@@ -1,0 +1,748 @@
+"""The command in real processes: killed, interrupted, raced, out of disk, on a terminal."""
+
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from blake3 import blake3
+
+import qwenref
+from qwenref.dumps.manifest import Manifest, read_manifest
+from qwenref.errors import QwenrefError
+
+PARTIAL = ".qwenref-partial"
+CAPTURE = ("capture", "--device", "cpu")  # without waking, or warning about, a GPU
+QUICK = (*CAPTURE, "--stages", "attn_norm", "--tokens", "1")
+PATIENCE = 60
+"""Seconds after which a process counts as stuck."""
+
+LAUNCH = r"""
+import os, re, resource, runpy, signal, sys
+
+log, pattern, nth, number, limit = sys.argv[1:6]
+del sys.argv[1:6]
+log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+nth, number, seen = int(nth), int(number), 0
+
+def watch(event, args):
+    global seen
+    if event == "import":
+        what = f"import {args[0]}"
+    elif event in ("os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir"):
+        if not (str(args[0]).startswith("out") or args[-1] != -1):
+            return
+        what = f"{event} {args[0]}"
+    elif event == "open" and str(args[0]).startswith("out") and set(args[1] or "") & set("wxa"):
+        what = f"open {args[0]}"
+    else:
+        return
+    if seen < nth and re.match(pattern, what):
+        seen += 1
+        os.write(log, f"{what}\n".encode())
+        if seen == nth:
+            os.kill(os.getpid(), number)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+if limit != "none":
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
+sys.addaudithook(watch)
+sys.argv[0] = "qwenref"
+runpy.run_module("qwenref", run_name="__main__", alter_sys=True)
+"""
+"""Runs the command, and sends it a signal at the n-th matching change below `out`.
+
+Python announces each such change just before making it, so these are all the moments at which a
+process can die that differ on disk, except within one write.
+"""
+
+CHANGES = r"os\.|open "
+
+
+class Outcome(NamedTuple):
+    """How a process ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+class Start:
+    """Starts the command; what still runs in the end is killed."""
+
+    def __init__(self, stack: ExitStack):
+        self._stack = stack
+
+    def __call__(
+        self,
+        cwd: Path,
+        *arguments: str,
+        at: str = "never",
+        nth: int = 1,
+        send: int = 0,
+        file_size: int | None = None,
+        env: dict[str, str] | None = None,
+        stdin: int = subprocess.DEVNULL,
+        stdout: int = subprocess.PIPE,
+        stderr: int = subprocess.PIPE,
+    ) -> subprocess.Popen[str]:
+        """Start it in `cwd`.
+
+        Args:
+            cwd: Where; `moments` in it will list the changes.
+            arguments: Of the command; the dump should go to `out`.
+            at: Regular expression of the moment, see `LAUNCH`, at which to send a signal.
+            nth: Which of the moments that match.
+            send: The signal.
+            file_size: The most bytes that a file may get.
+            env: Additional environment variables.
+            stdin: As for `subprocess.Popen`.
+            stdout: As for `subprocess.Popen`.
+            stderr: As for `subprocess.Popen`.
+        """
+        launch = [str(cwd / "moments"), at, str(nth), str(int(send)), str(file_size or "none")]
+        process = subprocess.Popen(
+            [sys.executable, "-c", LAUNCH, *launch, *arguments],
+            cwd=cwd,
+            env=os.environ | (env or {}),
+            encoding="utf-8",
+            stdin=stdin,
+            stdout=stdout,
+            stderr=stderr,
+        )
+        self._stack.enter_context(process)
+        self._stack.callback(process.kill)
+        return process
+
+
+@contextmanager
+def starting() -> Iterator[Start]:
+    with ExitStack() as stack:
+        yield Start(stack)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    with starting() as start:
+        yield start
+
+
+def ended(process: subprocess.Popen[str]) -> Outcome:
+    out, err = process.communicate(timeout=PATIENCE)
+    return Outcome(process.returncode, out, err)
+
+
+def snapshot(directory: Path) -> dict[str, bytes | str | None]:
+    """Return everything below a directory: bytes of files, targets of links, None for folders."""
+    return {
+        str(path.relative_to(directory)): str(path.readlink())
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in directory.rglob("*")
+    }
+
+
+def whole(directory: Path) -> Manifest:
+    """Return the manifest of a dump after checking that its files, and no others, are there."""
+    manifest = read_manifest(directory)
+    files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    files = {file for file in files if not file.startswith(PARTIAL)}
+    assert files == {"manifest.json"} | {stage.file for stage in manifest.stages}
+    for stage in manifest.stages:
+        content = (directory / stage.file).read_bytes()
+        assert stage.fingerprint == f"blake3:{blake3(content).hexdigest()}"
+    return manifest
+
+
+def finished(directory: Path) -> Manifest | None:
+    """Return the manifest of a directory that reads as a finished dump; it must be whole then."""
+    try:
+        read_manifest(directory)
+    except QwenrefError:
+        return None
+    return whole(directory)
+
+
+def one_line(err: str, *words: str) -> str:
+    assert err.startswith("qwenref: error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    for word in words:
+        assert word in err
+    return err
+
+
+# A healthy run
+
+
+class Healthy(NamedTuple):
+    """One prompt captured twice, with a table and with --json."""
+
+    table: Outcome
+    json: Outcome
+    first: Path
+    second: Path
+
+
+@pytest.fixture(scope="module")
+def healthy(tmp_path_factory: pytest.TempPathFactory) -> Healthy:
+    first, second = (tmp_path_factory.mktemp(name) for name in ("first", "second"))
+    with starting() as start:
+        table = start(first, *CAPTURE, "-o", "out")
+        json = start(second, *CAPTURE, "-o", "out", "--json")
+        return Healthy(ended(table), ended(json), first / "out", second / "out")
+
+
+def test_a_healthy_run_exits_0_with_nothing_on_standard_error(healthy: Healthy) -> None:
+    assert (healthy.table.status, healthy.table.err) == (0, "")
+    assert (healthy.json.status, healthy.json.err) == (0, "")
+    assert len(whole(healthy.first).stages) == 9
+
+
+def test_the_same_run_twice_gives_the_same_bytes(healthy: Healthy) -> None:
+    assert len(snapshot(healthy.first)) == 11  # nine stages, manifest, folder
+    assert snapshot(healthy.first) == snapshot(healthy.second)
+
+
+def test_json_prints_exactly_the_text_of_the_manifest(healthy: Healthy) -> None:
+    assert healthy.json.out.encode() == (healthy.second / "manifest.json").read_bytes()
+
+
+def test_no_terminal_codes_without_a_terminal(healthy: Healthy) -> None:
+    assert healthy.table.out.count("\n") == 11  # title, heading, nine stages
+    for text in (*healthy.table[1:], *healthy.json[1:]):
+        assert all(character.isprintable() or character == "\n" for character in text)
+
+
+def test_the_installed_command_is_this_one(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).with_name("qwenref"), "--version"],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    assert done.stdout == f"qwenref {qwenref.__version__}\n"
+
+
+# What is imported
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import qwenref",
+        "import qwenref; qwenref.__version__; qwenref.QwenrefError; dir(qwenref)",
+        "import runpy; sys.argv = ['qwenref', '--help']; runpy.run_module('qwenref')",
+        "import runpy; sys.argv = ['qwenref', 'capture', '--help']; runpy.run_module('qwenref')",
+    ],
+    ids=["package", "package attributes", "--help", "capture --help"],
+)
+def test_neither_jax_nor_numpy_is_imported_for(code: str, tmp_path: Path) -> None:
+    watched = "import atexit, sys; atexit.register(lambda: print('MODULES', *sys.modules));"
+    done = subprocess.run(
+        [sys.executable, "-c", watched + code],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    text, _, modules = done.stdout.partition("MODULES")
+    assert "qwenref" in modules.split()
+    assert {"jax", "jaxlib", "numpy", "flax"}.isdisjoint(modules.split())
+    assert ("Usage" in text) == ("--help" in code)
+    assert done.stderr == ""
+
+
+# A terminal
+
+
+XTERM = {"TERM": "xterm-256color"}
+
+
+class Terminal:
+    """The visible text of a terminal, for the few codes that rich's spinner uses."""
+
+    def __init__(self):
+        self.lines = [""]
+        self.row = self.column = 0
+        self.cursor_shown = True
+
+    def feed(self, text: str) -> None:
+        for token in re.findall(r"\x1b\[[0-9;?]*[A-Za-z]|[\r\n]|[^\x1b\r\n]+|\x1b", text):
+            if token == "\r":
+                self.column = 0
+            elif token == "\n":
+                self.row += 1
+                self.lines += [""] * (self.row + 1 - len(self.lines))
+            elif token in ("\x1b[?25l", "\x1b[?25h"):
+                self.cursor_shown = token.endswith("h")
+            elif token == "\x1b[2K":
+                self.lines[self.row] = ""
+            elif match := re.fullmatch(r"\x1b\[(\d*)A", token):
+                self.row -= int(match[1] or 1)
+            elif not re.fullmatch(r"\x1b\[[0-9;]*m", token):
+                assert token.isprintable(), token
+                line = self.lines[self.row].ljust(self.column)
+                end = self.column + len(token)
+                self.lines[self.row] = line[: self.column] + token + line[end:]
+                self.column = end
+
+    @property
+    def text(self) -> str:
+        return "\n".join(line.rstrip() for line in self.lines).rstrip("\n")
+
+
+def on_a_terminal(run: Callable[[int], subprocess.Popen[str]]) -> tuple[int, str, Terminal]:
+    """Run a process on a new terminal; return its status, all that it wrote, and what is seen."""
+    ours, theirs = os.openpty()
+    try:
+        process = run(theirs)
+        os.close(theirs)
+        written = b""
+        while select.select([ours], [], [], PATIENCE)[0]:
+            try:
+                block = os.read(ours, 65536)
+            except OSError:  # Linux: the last process has closed it
+                break
+            if not block:
+                break
+            written += block
+        status = process.wait(PATIENCE)
+    finally:
+        os.close(ours)
+    terminal = Terminal()
+    terminal.feed(written.decode())
+    return status, written.decode(), terminal
+
+
+def test_a_terminal_shows_progress_and_keeps_only_the_table(
+    start: Start, tmp_path: Path, healthy: Healthy
+) -> None:
+    def run(end: int) -> subprocess.Popen[str]:
+        return start(tmp_path, *CAPTURE, "-o", "out", env=XTERM, stdin=end, stdout=end, stderr=end)
+
+    status, written, terminal = on_a_terminal(run)
+    assert status == 0
+    assert "compiling" in written
+    assert terminal.text == healthy.table.out.rstrip("\n")
+    assert terminal.cursor_shown
+    assert snapshot(tmp_path / "out") == snapshot(healthy.first)
+
+
+def test_ctrl_c_on_a_terminal_leaves_a_clean_line_and_the_cursor(
+    start: Start, tmp_path: Path
+) -> None:
+    def run(end: int) -> subprocess.Popen[str]:
+        return start(
+            tmp_path,
+            *QUICK,
+            *("-o", "out"),
+            at="open .*attn_norm",
+            send=signal.SIGINT,
+            env=XTERM,
+            stdin=end,
+            stdout=end,
+            stderr=end,
+        )
+
+    status, written, terminal = on_a_terminal(run)
+    assert status == 130
+    assert "compiling" in written
+    assert terminal.text == ""
+    assert terminal.cursor_shown
+    assert not (tmp_path / "out").exists()
+
+
+# Killed and interrupted
+
+
+class Moment(NamedTuple):
+    """A run that got a signal just before a change on disk."""
+
+    change: str
+    """What the process was about to do; empty if the signal never came."""
+    cwd: Path
+    ended: Outcome
+
+
+def at_every_change(
+    base: Path, send: int, *arguments: str, before: Callable[[Path], object] = Path.mkdir
+) -> list[Moment]:
+    """Run the command again and again, with a signal at its first, second, ... last change.
+
+    Args:
+        base: Where to make the working directories.
+        send: The signal.
+        arguments: Of the command, with output `out`.
+        before: Makes a working directory.
+    """
+    moments: list[Moment] = []
+    with starting() as start:
+        while not moments or moments[-1].change:
+            running = []
+            for nth in (len(moments) + 1, len(moments) + 2):  # two at a time
+                cwd = base / str(nth)
+                before(cwd)
+                process = start(cwd, *arguments, at=CHANGES, nth=nth, send=send)
+                running.append((nth, cwd, process))
+            for nth, cwd, process in running:
+                outcome = ended(process)
+                changes = (cwd / "moments").read_text().splitlines()
+                change = changes[-1] if len(changes) == nth else ""
+                assert change or outcome.status == 0
+                moments.append(Moment(change, cwd, outcome))
+    return [moment for moment in moments if moment.change]
+
+
+@pytest.fixture(scope="module")
+def old_dump(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with a small dump in `out`, of tokens and a layout nobody else uses."""
+    cwd = tmp_path_factory.mktemp("old")
+    with starting() as start:
+        arguments = (*CAPTURE, "--stages", "k_post_rope", "--tokens", "9,8", "--layout", "hf")
+        assert ended(start(cwd, *arguments, "-o", "out")).status == 0
+    return cwd
+
+
+def copy_of(old_dump: Path) -> Callable[[Path], None]:
+    def copy(cwd: Path) -> None:
+        (cwd / "out" / "layer-0").mkdir(parents=True)
+        for file in ("manifest.json", "layer-0/k_post_rope.bin"):
+            (cwd / "out" / file).write_bytes((old_dump / "out" / file).read_bytes())
+
+    return copy
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory, old_dump: Path) -> list[Moment]:
+    base = tmp_path_factory.mktemp("killed")
+    arguments = (*QUICK, "-o", "out", "--force")
+    return at_every_change(base, signal.SIGKILL, *arguments, before=copy_of(old_dump))
+
+
+def test_kills_come_at_every_kind_of_change(killed: list[Moment]) -> None:
+    assert {moment.ended.status for moment in killed} == {-signal.SIGKILL}
+    kinds = {moment.change.split()[0] for moment in killed}
+    assert kinds >= {"os.mkdir", "open", "os.rename", "os.remove", "os.rmdir"}
+    assert len(killed) >= 12
+
+
+def test_a_killed_capture_never_leaves_what_reads_as_finished_and_is_not(
+    killed: list[Moment],
+) -> None:
+    seen = set()
+    for _, cwd, _ in killed:
+        manifest = finished(cwd / "out")
+        seen.add(manifest and str(manifest.tokens))
+    assert seen == {"[9, 8]", None, "[1]"}
+
+
+def test_a_killed_capture_never_loses_the_old_dump_before_the_new_one_is_in_place(
+    killed: list[Moment], old_dump: Path
+) -> None:
+    old = {content for content in snapshot(old_dump / "out").values() if content}
+    for _, cwd, _ in killed:
+        manifest = finished(cwd / "out")
+        if manifest is None or manifest.tokens == [9, 8]:
+            assert old <= set(snapshot(cwd / "out").values())
+
+
+def test_a_killed_capture_stops_the_next_one_with_a_word_on_how_to_go_on(
+    start: Start, killed: list[Moment], tmp_path: Path
+) -> None:
+    (moment,) = [
+        moment
+        for moment in killed
+        if moment.change.startswith("open") and "manifest" in moment.change
+    ]
+    before = snapshot(moment.cwd / "out")
+    outcome = ended(start(moment.cwd, *QUICK, "-o", "out", "--force"))
+    assert outcome.status == 2
+    one_line(outcome.err, f"out/{PARTIAL}", "killed", "delete it")
+    assert snapshot(moment.cwd / "out") == before
+
+
+def killed_when(
+    start: Start, cwd: Path, due: Callable[[float, Path], bool]
+) -> tuple[Outcome, Manifest | None]:
+    """Kill a capture as soon as `due` says so of the seconds passed and the output directory."""
+    cwd.mkdir()
+    begun = time.monotonic()
+    process = start(cwd, *CAPTURE, "-o", "out")
+    while process.poll() is None and not due(time.monotonic() - begun, cwd / "out"):
+        time.sleep(0.001)
+    process.kill()
+    return ended(process), finished(cwd / "out")
+
+
+def test_a_capture_killed_at_any_time_leaves_nothing_that_reads_as_finished(
+    start: Start, tmp_path: Path
+) -> None:
+    for delay in (0.1, 0.5, 0.8, 1.0, 1.2, 1.4):
+        outcome, manifest = killed_when(
+            start, tmp_path / str(delay), lambda passed, _, delay=delay: passed > delay
+        )
+        assert outcome.status in (0, -signal.SIGKILL)
+        assert outcome.status == -signal.SIGKILL or manifest is not None
+
+
+def test_a_capture_killed_once_it_has_claimed_the_directory_leaves_no_dump(
+    start: Start, tmp_path: Path
+) -> None:
+    def claimed(_: float, out: Path) -> bool:
+        return (out / PARTIAL).exists()
+
+    def half_written(_: float, out: Path) -> bool:
+        return any((out / PARTIAL).rglob("*.bin"))
+
+    for due in (claimed, half_written):
+        cwd = tmp_path / due.__name__
+        outcome, manifest = killed_when(start, cwd, due)
+        assert (outcome.status, manifest) == (-signal.SIGKILL, None)
+        assert (cwd / "out" / PARTIAL).exists()
+
+
+@pytest.fixture(scope="module")
+def interrupted(tmp_path_factory: pytest.TempPathFactory) -> list[Moment]:
+    base = tmp_path_factory.mktemp("interrupted")
+    return at_every_change(base, signal.SIGINT, *QUICK, "-o", "out")
+
+
+def early_and_late(moments: list[Moment]) -> tuple[list[Moment], list[Moment]]:
+    """Split into those before the dump was in place, by its last rename, and those after."""
+    last = max(n for n, moment in enumerate(moments) if moment.change.startswith("os.rename"))
+    return moments[: last + 1], moments[last + 1 :]
+
+
+def test_ctrl_c_exits_with_130_and_without_a_traceback(interrupted: list[Moment]) -> None:
+    assert len(interrupted) >= 9
+    for moment in interrupted:
+        assert moment.ended.status == 130, moment.change
+        assert moment.ended.out == ""
+        assert moment.ended.err.strip() in ("", "Aborted!", "Aborted."), moment.change
+
+
+def test_ctrl_c_before_the_dump_is_in_place_leaves_nothing_behind(
+    interrupted: list[Moment],
+) -> None:
+    early, _ = early_and_late(interrupted)
+    assert len(early) >= 7
+    for moment in early:
+        assert list(snapshot(moment.cwd)) == ["moments"], moment.change
+
+
+def test_ctrl_c_once_the_dump_is_in_place_leaves_the_whole_dump_or_nothing(
+    interrupted: list[Moment],
+) -> None:
+    _, late = early_and_late(interrupted)
+    assert len(late) >= 1
+    for moment in late:
+        if (moment.cwd / "out").exists():
+            assert whole(moment.cwd / "out").tokens == [1], moment.change
+        assert not (moment.cwd / "out" / PARTIAL).exists(), moment.change
+
+
+def test_ctrl_c_and_sigterm_at_other_moments_leave_nothing_behind(
+    start: Start, tmp_path: Path, old_dump: Path
+) -> None:
+    fresh, old = Path.mkdir, copy_of(old_dump)
+    cases = [
+        (signal.SIGINT, "import jax$", fresh, 130),
+        (signal.SIGINT, "os.rename out/layer-0", old, 130),
+        (signal.SIGTERM, "import jax$", fresh, 143),
+        (signal.SIGTERM, "open .*attn_norm", fresh, 143),
+        (signal.SIGTERM, "open .*manifest", old, 143),
+        (signal.SIGTERM, f"os.rename out/{PARTIAL}/new/manifest", old, 143),
+    ]
+    for number in range(0, len(cases), 2):
+        running = []
+        for case, (send, at, before, status) in enumerate(cases[number : number + 2], number):
+            cwd = tmp_path / str(case)
+            before(cwd)
+            files = snapshot(cwd)
+            process = start(cwd, *QUICK, "-o", "out", "--force", at=at, send=send)
+            running.append((process, cwd, files, status))
+        for process, cwd, files, status in running:
+            outcome = ended(process)
+            (cwd / "moments").unlink()
+            assert (outcome.status, outcome.out) == (status, "")
+            assert "Traceback" not in outcome.err
+            assert snapshot(cwd) == files
+
+
+# Two at once
+
+
+def ends_of(*processes: subprocess.Popen[str]) -> list[Outcome]:
+    return sorted(map(ended, processes))
+
+
+def until_stopped(process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    status = 0
+    while not status:
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+        _, status = os.waitpid(process.pid, os.WUNTRACED | os.WNOHANG)
+    assert os.WIFSTOPPED(status)
+
+
+def test_of_two_captures_into_one_new_directory_exactly_one_wins_whole(
+    start: Start, tmp_path: Path
+) -> None:
+    a = start(tmp_path, *QUICK, "-o", "out/deep")
+    b = start(tmp_path, *CAPTURE, "--stages", "attn_norm", "--tokens", "2", "-o", "out/deep")
+    won, lost = ends_of(a, b)
+    assert (won.status, won.err) == (0, "")
+    assert (lost.status, lost.out) == (2, "")
+    one_line(lost.err, "out/deep")
+    assert whole(tmp_path / "out" / "deep").tokens == ([1] if a.returncode == 0 else [2])
+    assert not (tmp_path / "out" / "deep" / PARTIAL).exists()
+
+
+def test_of_two_captures_that_replace_one_dump_the_last_to_finish_is_there_whole(
+    start: Start, tmp_path: Path, old_dump: Path
+) -> None:
+    copy_of(old_dump)(tmp_path)
+    a = start(tmp_path, *QUICK, "-o", "out", "--force")
+    b = start(tmp_path, *CAPTURE, "--stages", "attn_out", "--tokens", "2", "-o", "out", "--force")
+    first, second = ends_of(a, b)
+    assert first.status == 0
+    assert second.status in (0, 2)
+    if second.status == 2:
+        one_line(second.err, "out")
+    winners = {str([1]): a.returncode, str([2]): b.returncode}
+    assert winners[str(whole(tmp_path / "out").tokens)] == 0
+    assert not (tmp_path / "out" / PARTIAL).exists()
+
+
+def test_a_capture_overtaken_before_it_claims_the_directory_loses_to_the_one_that_finished(
+    start: Start, tmp_path: Path
+) -> None:
+    slow = start(tmp_path, *QUICK, "-o", "out", at=f"os.mkdir out/{PARTIAL}$", send=signal.SIGSTOP)
+    until_stopped(slow)
+    fast = ended(start(tmp_path, *QUICK, "-o", "out", "--layout", "hf"))
+    before = snapshot(tmp_path / "out")
+    slow.send_signal(signal.SIGCONT)
+    outcome = ended(slow)
+    assert fast.status == 0
+    assert outcome.status == 2
+    one_line(outcome.err, "out", "already holds a dump", "--force")
+    assert snapshot(tmp_path / "out") == before
+    assert whole(tmp_path / "out").layout == "hf"
+
+
+def test_a_capture_that_comes_amid_the_swap_of_another_one_loses(
+    start: Start, tmp_path: Path, old_dump: Path
+) -> None:
+    copy_of(old_dump)(tmp_path)
+    at = f"os.rename out/{PARTIAL}/new/layer-0"
+    slow = start(tmp_path, *QUICK, "-o", "out", "--force", at=at, send=signal.SIGSTOP)
+    until_stopped(slow)
+    assert finished(tmp_path / "out") is None
+    fast = ended(start(tmp_path, *QUICK, "-o", "out", "--force", "--layout", "hf"))
+    slow.send_signal(signal.SIGCONT)
+    assert ended(slow).status == 0
+    assert whole(tmp_path / "out").layout == "apr"
+    assert fast.status == 2
+    one_line(fast.err, "another capture is writing")
+
+
+# Trouble with the disk
+
+
+def test_a_full_disk_leaves_nothing_behind(start: Start, tmp_path: Path, old_dump: Path) -> None:
+    # a limit on the size of files: the system refuses a write just as on a full disk
+    stage, manifest = tmp_path / "stage", tmp_path / "manifest"
+    stage.mkdir()
+    copy_of(old_dump)(manifest)
+    before = snapshot(manifest)
+    running = (
+        start(stage, *CAPTURE, "-o", "out/deep/er", file_size=5000),
+        start(manifest, *QUICK, "-o", "out", "--force", file_size=600),
+    )
+    for process in running:
+        outcome = ended(process)
+        assert (outcome.status, outcome.out) == (2, "")
+        one_line(outcome.err, "cannot write the dump out", "File too large")
+    (stage / "moments").unlink()
+    (manifest / "moments").unlink()
+    assert snapshot(stage) == {}
+    assert snapshot(manifest) == before
+
+
+def test_an_output_that_cannot_be_written_is_one_line_and_changes_nothing(
+    start: Start, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"mine")
+    below = start(tmp_path, *QUICK, "-o", "file/deep/out", "--force")
+    proc = start(tmp_path, *QUICK, "-o", "/proc/qwenref", "--force")
+    itself = start(tmp_path, *QUICK, "-o", "file", "--force")
+    for process, words in (
+        (below, ["file/deep/out", "Not a directory"]),
+        (proc, ["cannot write the dump /proc/qwenref"]),
+        (itself, ["file exists and is not a directory"]),
+    ):
+        outcome = ended(process)
+        assert (outcome.status, outcome.out) == (2, "")
+        one_line(outcome.err, *words)
+    (tmp_path / "moments").unlink()
+    assert snapshot(tmp_path) == {"file": b"mine"}
+
+
+def test_a_home_given_by_mistake_with_force_is_never_touched(start: Start, tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    (home / ".ssh").mkdir(parents=True)
+    (home / "empty").mkdir()
+    (home / ".ssh" / "id").write_bytes(b"secret")
+    (home / "thesis.txt").write_bytes(b"years of work")
+    (home / "link").symlink_to("thesis.txt")
+    before = snapshot(tmp_path)
+    process = start(tmp_path, *QUICK, "-o", str(home), "--force", env={"HOME": str(home)})
+    outcome = ended(process)
+    assert outcome.status == 2
+    one_line(outcome.err, str(home), "is not empty", "give another -o")
+    (tmp_path / "moments").unlink()
+    assert snapshot(tmp_path) == before
+
+
+# Trouble with the streams
+
+
+def test_a_report_that_cannot_be_printed_is_trouble_in_one_line(
+    start: Start, tmp_path: Path
+) -> None:
+    with (tmp_path / "report").open("wb") as report:
+        report.seek(60_000)  # beyond what a file may get: as if the disk were full just there
+        process = start(tmp_path, *QUICK, "-o", "out", file_size=50_000, stdout=report.fileno())
+        outcome = ended(process)
+    assert outcome.status == 2
+    one_line(outcome.err, "File too large")
+
+
+def test_a_closed_standard_error_does_not_matter(tmp_path: Path) -> None:
+    closed = (
+        "import os, sys; os.close(2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", closed, "-m", "qwenref", *QUICK, "-o", "out", "--json"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        timeout=PATIENCE,
+        check=False,
+    )
+    assert done.returncode == 0
+    assert done.stdout == (tmp_path / "out" / "manifest.json").read_bytes()

@@ -1,0 +1,70 @@
+"""qwenref from Python: what importing costs, and what run returns."""
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import TINY
+
+import qwenref
+from qwenref.dumps.layout import LAYOUTS
+from qwenref.stages import ATTENTION
+
+TOKENS = [1, 2, 3, 5]
+SIZES = {"T": 4, "S": 4, "D": 84, "N": 6, "K": 2, "H": 14, "E": 84, "F": 140}
+
+
+def test_importing_qwenref_imports_no_numerics() -> None:
+    code = "import qwenref, sys; print(*{'jax', 'numpy', 'flax', 'typer'} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_every_public_name_is_there_whichever_modules_are_loaded() -> None:
+    assert all(callable(getattr(qwenref, name)) for name in qwenref.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = qwenref.no_such_name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_run_returns_the_nine_stages_with_the_stated_axes_and_dtype(
+    dtype: str, layout: str
+) -> None:
+    stages = qwenref.run(TINY, TOKENS, dtype=dtype, layout=layout)
+    assert stages._fields == tuple(stage.name for stage in ATTENTION)
+    for stage, array in zip(ATTENTION, stages, strict=True):
+        assert array.shape == tuple(SIZES[axis] for axis in LAYOUTS[layout].axes(stage))
+        assert array.dtype == np.dtype(dtype)
+        assert np.isfinite(array).all()
+
+
+def test_the_layouts_hold_the_same_numbers() -> None:
+    apr, hf = (qwenref.run(TINY, TOKENS, layout=layout) for layout in ("apr", "hf"))
+    assert np.array_equal(apr.q_post_rope, hf.q_post_rope.swapaxes(0, 1))
+    assert np.array_equal(apr.k_post_rope, hf.k_post_rope.swapaxes(0, 1))
+    assert np.array_equal(apr.attn_scores, np.tril(hf.attn_scores))
+    assert hf.attn_scores[:, 0, -1].all()
+
+
+def test_run_leaves_jax_as_the_user_configured_it() -> None:
+    before = jax.config.jax_enable_x64, jax.config.jax_default_device
+    qwenref.run(TINY, TOKENS, dtype="float64", device="cpu")
+    assert (jax.config.jax_enable_x64, jax.config.jax_default_device) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokens": []}, "no tokens"),
+        ({"tokens": [320]}, "token id 320 is out of range: this checkpoint has ids 0 to 319"),
+        ({"dtype": "bfloat16"}, "unknown dtype 'bfloat16'; dtypes are float32, float64"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"layout": "nchw"}, "unknown layout 'nchw'"),
+    ],
+)
+def test_run_refuses_what_it_cannot_use(options: dict, message: str) -> None:
+    with pytest.raises(qwenref.QwenrefError, match=message):
+        qwenref.run(**{"model_dir": TINY, "tokens": TOKENS} | options)
