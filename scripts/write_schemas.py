@@ -5,6 +5,7 @@ python scripts/write_schemas.py
 
 import json
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -15,8 +16,10 @@ CONTRACTS = Path(__file__).resolve().parents[1] / "contracts"
 
 def schemas() -> dict[str, str]:
     """Return the text of each schema file, by name."""
-    schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+    schema: dict[str, Any] = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
     schema |= msgspec.json.schema(Manifest)
+    for definition in schema["$defs"].values():
+        definition["description"] = definition["description"].splitlines()[0]
     return {"manifest-v1.schema.json": json.dumps(schema, indent=2) + "\n"}
 
 

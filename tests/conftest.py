@@ -2,12 +2,12 @@
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import pytest
+from helpers import Cli, Result
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
@@ -17,20 +17,6 @@ settings.register_profile(
     "qwenref", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("qwenref")
-
-ROOT = Path(__file__).resolve().parents[1]
-TINY = ROOT / "weights" / "tiny-qwen2.5"
-
-
-class Result(NamedTuple):
-    """What a command did."""
-
-    status: int
-    out: str
-    err: str
-
-
-Cli = Callable[..., Result]
 
 
 @pytest.fixture
@@ -50,7 +36,8 @@ def cli(
         with pytest.raises(SystemExit) as exit_:
             main()
         code = exit_.value.code
-        return Result(0 if code is None else int(code), *capsys.readouterr())
+        captured = capsys.readouterr()
+        return Result(0 if code is None else int(code), str(captured.out), str(captured.err))
 
     yield run
     signal.signal(signal.SIGTERM, handler)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comparison import NOISE, worst
-from conftest import ROOT, TINY
+from helpers import ROOT, TINY
 from make_tiny_checkpoint import Shape, write
 
 import qwenref

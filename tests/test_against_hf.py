@@ -4,13 +4,14 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from capture_hf import load, stages_of
 from comparison import NOISE, worst
-from conftest import TINY
+from helpers import TINY
 from make_tiny_checkpoint import Shape, write
 from safetensors.numpy import load_file, save_file
 from torch.nn import functional
@@ -167,11 +168,11 @@ def test_float64_stages_replay_from_transformers_inputs(case: tuple[Path, list[i
 def float64_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make transformers compute norm, angles and softmax in float64 too."""
 
-    def norm(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    def norm(self: Any, x: torch.Tensor) -> torch.Tensor:
         mean_square = x.pow(2).mean(-1, keepdim=True)
         return self.weight * (x * torch.rsqrt(mean_square + self.variance_epsilon))
 
-    def angles(self: torch.nn.Module, x: torch.Tensor, position_ids: torch.Tensor):
+    def angles(self: Any, _: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
         H = 2 * len(self.inv_freq)
         theta = self.config.rope_parameters["rope_theta"]
         inv_freq = 1.0 / theta ** (torch.arange(0, H, 2, dtype=torch.float64) / H)

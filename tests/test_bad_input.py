@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, Cli
+from helpers import TINY, Cli
 from make_tiny_checkpoint import Shape, write
 from safetensors.numpy import load_file, save_file
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comparison import NOISE, rel_l2
-from conftest import ROOT, TINY, Cli
+from helpers import ROOT, TINY, Cli
 
 import qwenref
 from qwenref.dumps.manifest import Manifest, read_manifest

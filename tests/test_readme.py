@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
 TRANSCRIPTS = re.findall(r"```console\n\$ (.*)\n((?:.*\n)*?)```", README)

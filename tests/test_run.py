@@ -4,9 +4,10 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import TINY
+from helpers import TINY
 
 import qwenref
 from qwenref.dumps.layout import LAYOUTS
@@ -50,9 +51,10 @@ def test_the_layouts_hold_the_same_numbers() -> None:
 
 
 def test_run_leaves_jax_as_the_user_configured_it() -> None:
-    before = jax.config.jax_enable_x64, jax.config.jax_default_device
+    before = dict(jax.config.values)
     qwenref.run(TINY, TOKENS, dtype="float64", device="cpu")
-    assert (jax.config.jax_enable_x64, jax.config.jax_default_device) == before
+    assert jax.config.values == before
+    assert jnp.arange(3.0).dtype == np.float32
 
 
 @pytest.mark.parametrize(

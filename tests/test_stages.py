@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import TINY, Cli
+from helpers import TINY, Cli
 from hypothesis import given
 from hypothesis import strategies as st
 

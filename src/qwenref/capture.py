@@ -21,7 +21,7 @@ from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
 from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
-from qwenref.model.weights import read_attention, read_embedding
+from qwenref.model.weights import check_tensors, read_attention, read_embedding
 from qwenref.oracle import Piece, chain_pieces, computing
 from qwenref.stages import ATTENTION, EMBEDDING, Stage
 
@@ -91,6 +91,7 @@ def capture(
     config.refuse_window(layer, T)
     sizes = config.sizes | {"T": T, "S": T}
     _refuse_uncountable(stages, sizes)
+    check_tensors(checkpoint, layer, embedding=start.stream is None)
     output = output or Path(f"{checkpoint.name}-qwenref")
 
     with computing(dtype, device) as taken, new_dump(output, force=force) as folder:
@@ -189,7 +190,9 @@ def _read_residual(path: Path, layer: int, D: int, tokens: list[int] | None) -> 
         )
     T, rest = divmod(found.values.size, D)
     if rest or not T:
-        raise QwenrefError(f"{path} has {found.values.size} values, no multiple of hidden_size {D}")
+        raise QwenrefError(
+            f"{path} has {found.values.size} values: not one or more tokens of hidden_size {D}"
+        )
     if tokens is not None and len(tokens) != T:
         raise QwenrefError(f"{path} has {T} tokens, but {len(tokens)} were given")
     bad = found.values.size - int(np.count_nonzero(np.isfinite(found.values)))

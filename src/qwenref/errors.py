@@ -19,5 +19,9 @@ class QwenrefError(Exception):
     The command line prints it and exits with status 2; it never shows a traceback for one.
     """
 
+    LIMIT = 2000
+    """Characters shown: names from files of unknown origin may be megabytes long."""
+
     def __str__(self) -> str:
-        return printable(super().__str__())
+        text = super().__str__()
+        return printable(text if len(text) <= self.LIMIT else f"{text[: self.LIMIT]}...")

@@ -16,7 +16,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
             found = "is not a regular file" if path.exists() else "does not exist"
             raise QwenrefError(f"{path} {found}")
         with path.open("rb") as file:
-            content = file.read(limit + 1)
+            content = file.read(min(limit, path.stat().st_size) + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise QwenrefError(f"cannot read {path}: {reason(error)}") from error
     if len(content) > limit:

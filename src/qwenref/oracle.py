@@ -13,7 +13,7 @@ from qwenref.dumps.layout import layout_named
 from qwenref.errors import QwenrefError
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
-from qwenref.model.weights import read_attention, read_embedding
+from qwenref.model.weights import check_tensors, read_attention, read_embedding
 from qwenref.stages import ATTENTION, RESIDUAL, Stage, needed_for
 
 DTYPES = ("float32", "float64")
@@ -75,6 +75,7 @@ def run(
     arrange = layout_named(layout)
     checkpoint = Checkpoint(Path(model_dir))
     checkpoint.config.refuse_window(0, len(tokens))
+    check_tensors(checkpoint, 0, embedding=True)
     with computing(dtype, device):
         weights, _ = read_attention(checkpoint, 0)
         rows, _ = read_embedding(checkpoint, tokens)

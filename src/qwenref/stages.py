@@ -74,17 +74,16 @@ def parse_stages(spec: str) -> tuple[Stage, ...]:
     """Return the stages that `--stages` names, in chain order.
 
     Args:
-        spec: ``all`` for the nine of `ATTENTION`, or names separated by commas.
+        spec: Names separated by commas; ``all`` stands for the nine of `ATTENTION`.
 
     Raises:
         QwenrefError: A name is unknown; the message suggests the nearest one.
     """
-    if spec == "all":
-        return ATTENTION
-    names = [name.strip() for name in spec.split(",")]
-    for name in names:
-        if name not in BY_NAME:
-            raise QwenrefError(f"unknown stage {name!r}: {_suggestion(name)}")
+    names = {name.strip() for name in spec.split(",")}
+    if "all" in names:
+        names = names - {"all"} | {stage.name for stage in ATTENTION}
+    for name in sorted(names - BY_NAME.keys()):
+        raise QwenrefError(f"unknown stage {name!r}: {_suggestion(name)}")
     return tuple(stage for stage in ALL if stage.name in names)
 
 

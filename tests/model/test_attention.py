@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparison import rel_l2
-from conftest import TINY
+from helpers import TINY
 from make_tiny_checkpoint import Shape, write
 from safetensors.numpy import load_file, save_file
 

@@ -21,7 +21,7 @@ from qwenref.model.tokens import (
     DEFAULT_PROMPT,
     LIMIT,
     TOKENIZER_LIMIT,
-    check_range,
+    check_tokens,
     encode,
     parse_tokens,
 )
@@ -133,7 +133,7 @@ def test_a_list_that_is_no_json_list_of_whole_numbers_is_refused(text: str) -> N
 @pytest.mark.parametrize("spec", ["[-1]", "[5, -7]", f"[{1 << 32}]", f"[{10**30}]", "320"])
 def test_a_list_may_not_hold_what_no_checkpoint_has(spec: str) -> None:
     with pytest.raises(QwenrefError, match=r"out of range.* 0 to 319"):
-        check_range(parse_tokens(spec), 320)
+        check_tokens(parse_tokens(spec), 320)
 
 
 @pytest.mark.parametrize("spec", ["", " ", "\n", ",", " , ,\n", "[]", " [ ] "])
@@ -146,11 +146,10 @@ def test_no_ids_at_all_are_refused(tmp_path: Path, spec: str) -> None:
 
 
 def test_every_id_of_a_vocabulary_is_in_its_range() -> None:
-    check_range(range(320), 320)
-    check_range([], 320)
+    check_tokens(range(320), 320)
     for outside in (-1, 320, 1 << 40):
         with pytest.raises(QwenrefError, match=f"token id {outside} "):
-            check_range([0, outside], 320)
+            check_tokens([0, outside], 320)
 
 
 # --- ids in a file --------------------------------------------------------------------------------
@@ -269,8 +268,10 @@ def test_a_long_text_keeps_all_of_its_tokens() -> None:
     assert encode("ab " * 50_000, BUNDLED) == list(b"ab ") * 50_000
 
 
-def test_an_empty_prompt_is_refused() -> None:
-    assert "empty" in refusal_of_prompt("", BUNDLED)
+def test_an_empty_prompt_has_no_tokens_and_is_refused_for_it() -> None:
+    assert encode("", BUNDLED) == []
+    with pytest.raises(QwenrefError, match="prompt is empty"):
+        check_tokens([], 320)
 
 
 @pytest.mark.parametrize("prompt", ["\ud800", "abc\udcff", "\udfff\ud83c"])
@@ -379,16 +380,16 @@ def test_a_broken_tokenizer_is_refused_by_name(tmp_path: Path, changes: dict[str
     assert f"{tmp_path / 'tokenizer.json'}" in refusal_of_prompt(prompt, directory)
 
 
-def test_a_tokenizer_that_knows_nothing_of_the_prompt_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_that_knows_nothing_of_the_prompt_gives_no_tokens(tmp_path: Path) -> None:
     nothing = TOKENIZER["model"] | {"vocab": {}, "merges": []}
-    assert "no tokens" in refusal_of_prompt("a", tokenizer_with(tmp_path, model=nothing))
+    assert encode("a", tokenizer_with(tmp_path, model=nothing)) == []
 
 
 def test_ids_of_a_tokenizer_for_another_checkpoint_are_out_of_range(tmp_path: Path) -> None:
     vocab = {word: number + 1_000_000 for word, number in TOKENIZER["model"]["vocab"].items()}
     ids = encode("a", tokenizer_with(tmp_path, model=TOKENIZER["model"] | {"vocab": vocab}))
     with pytest.raises(QwenrefError, match="token id 1000097 is out of range"):
-        check_range(ids, 320)
+        check_tokens(ids, 320)
 
 
 def test_something_in_place_of_a_tokenizer_is_refused_at_once(

@@ -248,6 +248,16 @@ def test_nan_and_infinity_are_refused_with_tensor_and_count(
         assert len(re.findall("holds", message)) == 1
 
 
+def test_nan_is_counted_over_all_the_pieces_in_which_a_tensor_is_read(
+    tmp_path: Path, original: Tensors, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint_module, "CHUNK", 10 * 84 * 2)
+    values = original[NAMES["o_proj"]].copy()
+    values[[0, 9, 10, 55], 7] = np.nan
+    message = refusal(stored(tmp_path, original | {NAMES["o_proj"]: values}))
+    assert f"{NAMES['o_proj']} holds 4 " in message
+
+
 def test_all_tensors_that_hold_nan_are_named(tmp_path: Path, original: Tensors) -> None:
     tensors = dict(original)
     for count, field in enumerate(("norm", "k_proj", "v_bias"), start=1):

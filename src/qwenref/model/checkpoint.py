@@ -52,9 +52,17 @@ class Checkpoint:
         Raises:
             QwenrefError: Something is missing, malformed, or leads out of the directory.
         """
+        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        try:
+            self._open(path)
+        except OSError as error:  # a name too long, a folder that may not be entered
+            where = error.filename or path
+            raise QwenrefError(f"no model: cannot look into {where}: {reason(error)}") from error
+
+    def _open(self, path: Path) -> None:
         if path.is_dir():
             self.directory = path
-            self.name = printable(path.resolve().name) or "model"
+            self.name = _name(path.resolve())
         elif path.suffix == ".safetensors" and path.is_file():
             self.directory = path.parent
             self.name = printable(path.stem)
@@ -70,7 +78,6 @@ class Checkpoint:
             self._files = _indexed_tensors(path)
         else:
             raise QwenrefError(f"no weights: {path} has neither {SINGLE} nor {INDEX}")
-        self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
 
     def problems(self, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
         """Return what keeps the tensors in `shapes` from being read: absence, shape, dtype."""
@@ -113,6 +120,13 @@ class Checkpoint:
                 header = file.get_slice(name)
                 self._headers[name] = tuple(header.get_shape()), header.get_dtype()
         return self._headers[name]
+
+
+def _name(directory: Path) -> str:
+    """Return a directory's name, or NAME for models--ORG--NAME/snapshots/REVISION, a HF cache."""
+    if directory.parent.name == "snapshots":
+        directory = directory.parent.parent
+    return printable(directory.name.rpartition("--")[2]) or "model"
 
 
 def _opened(path: Path) -> safe_open:

@@ -27,23 +27,28 @@ def encode(prompt: str, directory: Path) -> list[int]:
         directory: Where the checkpoint's tokenizer.json lies.
 
     Raises:
-        QwenrefError: There is no usable tokenizer.json, or the text is no Unicode.
+        QwenrefError: There is no usable tokenizer.json, or the text is not Unicode.
     """
     from tokenizers import Tokenizer  # needs 50 ms, and not for ids given as numbers
 
     path = directory / "tokenizer.json"
-    if not path.exists():
-        raise QwenrefError(f"{path} does not exist; give token ids with --tokens instead")
     try:
-        tokenizer = Tokenizer.from_buffer(read_bounded(path, TOKENIZER_LIMIT))
-        tokens = tokenizer.encode(prompt, add_special_tokens=False).ids
+        prompt.encode()
     except UnicodeEncodeError:
-        raise QwenrefError("the prompt is not valid Unicode text") from None
-    except QwenrefError:
-        raise
-    except Exception as error:  # the library raises nothing more specific
+        raise QwenrefError(f"the prompt {short(prompt)} is not valid Unicode text") from None
+    try:
+        content = read_bounded(path, TOKENIZER_LIMIT)
+    except QwenrefError as error:
+        raise QwenrefError(f"{error}; give token ids with --tokens instead") from error
+    try:
+        tokenizer = Tokenizer.from_buffer(content)
+        tokenizer.no_padding()  # what a fine-tune left behind would add and drop tokens
+        tokenizer.no_truncation()
+        return tokenizer.encode(prompt, add_special_tokens=False).ids
+    except BaseException as error:  # a panic in the library is no Exception
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
         raise QwenrefError(f"{path} is not a usable tokenizer: {error}") from error
-    return tokens
 
 
 def parse_tokens(spec: str) -> list[int]:
@@ -68,7 +73,7 @@ def parse_tokens(spec: str) -> list[int]:
             tokens = msgspec.json.decode(spec, type=list[int])
         else:
             tokens = [_id(word) for word in spec.replace(",", " ").split()]
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         raise QwenrefError(f"{where}: no list of token ids: {error}") from error
     if not tokens:
         raise QwenrefError(f"{where} holds no token ids")
@@ -82,11 +87,12 @@ def check_tokens(tokens: Sequence[int], vocab_size: int) -> None:
     outside = [token for token in tokens if not 0 <= token < vocab_size]
     if outside:
         raise QwenrefError(
-            f"token id {outside[0]} is out of range: this checkpoint has ids 0 to {vocab_size - 1}"
+            f"token id {short(outside[0])} is out of range: "
+            f"this checkpoint has ids 0 to {vocab_size - 1}"
         )
 
 
 def _id(word: str) -> int:
     if not (word.isascii() and word.isdigit() and len(word) <= 10):
-        raise QwenrefError(f"token id {short(word)} is not a whole number from 0 on")
+        raise ValueError(f"{short(word)} is not a whole number from 0 on")
     return int(word)

@@ -55,21 +55,35 @@ def attention_tensors(config: Config, layer: int) -> dict[str, Tensor]:
     }
 
 
+def check_tensors(checkpoint: Checkpoint, layer: int, *, embedding: bool) -> None:
+    """Compare names, shapes and dtypes with what the configuration says, before anything is read.
+
+    Args:
+        checkpoint: Where the tensors are.
+        layer: Whose attention tensors to check.
+        embedding: Whether to check the embedding table too.
+
+    Raises:
+        QwenrefError: Tensors are missing, or have another shape or dtype; all of them are named.
+    """
+    tensors = list(_present(checkpoint, layer).values())
+    if embedding:
+        tensors.append(_embedding_table(checkpoint.config))
+    _refuse(checkpoint, checkpoint.problems(dict(tensors)))
+
+
 def read_attention(checkpoint: Checkpoint, layer: int) -> tuple[AttentionWeights, str]:
     """Read one layer's attention weights, and their fingerprint.
 
     Raises:
-        QwenrefError: Tensors are missing (a bias may be absent only with the other two), have
-            another shape or dtype than expected, or hold NaN or infinities; all of them are named.
+        QwenrefError: As `check_tensors`; or tensors hold NaN or infinities: all of them are named,
+            with the count.
     """
-    tensors = attention_tensors(checkpoint.config, layer)
-    if not any(checkpoint.holds(tensors[bias].name) for bias in BIASES):
-        tensors = {field: tensor for field, tensor in tensors.items() if field not in BIASES}
-    _refuse(checkpoint, checkpoint.problems(dict(tensors.values())))
+    check_tensors(checkpoint, layer, embedding=False)
     fingerprint = Fingerprint()
     problems = []
     values: dict[str, Any] = dict.fromkeys(AttentionWeights._fields)
-    for field, (name, shape) in tensors.items():
+    for field, (name, shape) in _present(checkpoint, layer).items():
         values[field] = array = _aligned_empty(shape, checkpoint.dtype(name))
         fingerprint.start(name, shape)
         bad = 0
@@ -86,23 +100,22 @@ def read_embedding(checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[np.nd
     """Read the prompt's rows of the embedding table, [T, D] in the stored dtype, and their print.
 
     Raises:
-        QwenrefError: The table is missing or of another shape or dtype than expected, a token id
-            is outside of it, or its rows hold NaN or infinities.
+        QwenrefError: The table is missing or of another shape or dtype than expected, there are no
+            tokens or one is outside of it, or its rows hold NaN or infinities.
     """
-    config = checkpoint.config
-    table = Tensor(EMBEDDING, (config.vocab_size, config.hidden_size))
+    name, shape = table = _embedding_table(checkpoint.config)
     _refuse(checkpoint, checkpoint.problems(dict([table])))
-    check_tokens(tokens, config.vocab_size)
-    rows = np.empty((len(tokens), config.hidden_size), checkpoint.dtype(EMBEDDING))
+    check_tokens(tokens, shape[0])
+    rows = np.empty((len(tokens), shape[1]), checkpoint.dtype(name))
     fingerprint = Fingerprint()
-    fingerprint.start(EMBEDDING, rows.shape)
+    fingerprint.start(name, rows.shape)
     bad = 0
     for position, token in enumerate(tokens):
-        for _, piece in checkpoint.rows(EMBEDDING, token, token + 1):
+        for _, piece in checkpoint.rows(name, token, token + 1):
             rows[position] = piece[0]
             bad += fingerprint.add(piece)
     if bad:
-        raise QwenrefError(f"{EMBEDDING} holds {bad} NaN or infinite values in the prompt's rows")
+        _refuse(checkpoint, [f"{name} holds {bad} NaN or infinite values in the prompt's rows"])
     return rows, str(fingerprint)
 
 
@@ -128,6 +141,18 @@ class Fingerprint:
 
     def __str__(self) -> str:
         return f"blake3:{self._hash.hexdigest()}"
+
+
+def _present(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+    """Return the layer's tensors, without the biases if the checkpoint has none of the three."""
+    tensors = attention_tensors(checkpoint.config, layer)
+    if any(checkpoint.holds(tensors[bias].name) for bias in BIASES):
+        return tensors
+    return {field: tensor for field, tensor in tensors.items() if field not in BIASES}
+
+
+def _embedding_table(config: Config) -> Tensor:
+    return Tensor(EMBEDDING, (config.vocab_size, config.hidden_size))
 
 
 def _refuse(checkpoint: Checkpoint, problems: list[str]) -> None:
