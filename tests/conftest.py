@@ -1,15 +1,18 @@
 """What all tests share: shapes and types checked at every call, and the command line in-process."""
 
+import os
 import signal
+import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import pytest
-from helpers import Cli, Result
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
+from make_tiny_checkpoint import Shape, write
 
 install_import_hook("qwenref", "beartype.beartype")  # before the first import of qwenref
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -17,6 +20,10 @@ settings.register_profile(
     "qwenref", deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("qwenref")
+
+from helpers import Cli, Result  # noqa: E402 - imports qwenref
+
+SMALL = Shape(84, 6, 2, intermediate_size=16, num_hidden_layers=2, vocab_size=320)
 
 
 @pytest.fixture
@@ -41,3 +48,35 @@ def cli(
 
     yield run
     signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same weights, in one file and in four shards."""
+    folder = tmp_path_factory.mktemp("originals")
+    write(folder / "single", SMALL)
+    write(folder / "sharded", SMALL, shard_bytes=60_000)
+    return folder
+
+
+@pytest.fixture
+def make_fifo() -> Iterator[Callable[[Path], None]]:
+    """Make FIFOs that nobody writes to; who waits for one all the same is let go in ten seconds.
+
+    A test can then fail by the clock. An alarm would not do: the wait may be in a library that
+    never returns to the interpreter.
+    """
+    helpers = []
+
+    def make(path: Path) -> None:
+        os.mkfifo(path)
+        release = ["sh", "-c", 'sleep 10; exec 3<>"$0"', str(path)]
+        helpers.append(subprocess.Popen(release, start_new_session=True))
+
+    begin = time.perf_counter()
+    yield make
+    took = time.perf_counter() - begin
+    for helper in helpers:
+        os.killpg(helper.pid, signal.SIGKILL)
+        helper.wait()
+    assert took < 8

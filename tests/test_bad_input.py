@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import TINY, Cli
-from make_tiny_checkpoint import Shape, write
+from make_tiny_checkpoint import Shape
 from safetensors.numpy import load_file, save_file
 
 SHAPE = Shape(84, 6, 2, intermediate_size=16, num_hidden_layers=2, vocab_size=320)
@@ -60,14 +60,6 @@ def refused(cli: Cli, tmp_path: Path) -> Refused:
         return line.removeprefix(PREFIX)
 
     return run
-
-
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("originals")
-    write(folder / "single", SHAPE)
-    write(folder / "sharded", SHAPE, shard_bytes=60_000)
-    return folder
 
 
 @pytest.fixture

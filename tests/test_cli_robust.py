@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from blake3 import blake3
+from helpers import whole
 
 import qwenref
 from qwenref.dumps.manifest import Manifest, read_manifest
+from qwenref.dumps.place import PARTIAL
 from qwenref.errors import QwenrefError
 
-PARTIAL = ".qwenref-partial"
 CAPTURE = ("capture", "--device", "cpu")  # without waking, or warning about, a GPU
 QUICK = (*CAPTURE, "--stages", "attn_norm", "--tokens", "1")
 PATIENCE = 60
@@ -150,18 +150,6 @@ def snapshot(directory: Path) -> dict[str, bytes | str | None]:
         else None
         for path in directory.rglob("*")
     }
-
-
-def whole(directory: Path) -> Manifest:
-    """Return the manifest of a dump after checking that its files, and no others, are there."""
-    manifest = read_manifest(directory)
-    files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
-    files = {file for file in files if not file.startswith(PARTIAL)}
-    assert files == {"manifest.json"} | {stage.file for stage in manifest.stages}
-    for stage in manifest.stages:
-        content = (directory / stage.file).read_bytes()
-        assert stage.fingerprint == f"blake3:{blake3(content).hexdigest()}"
-    return manifest
 
 
 def finished(directory: Path) -> Manifest | None:

@@ -7,11 +7,8 @@ checkpoint or one refusal, never a wait, a traceback, or a file outside of the d
 import json
 import os
 import shutil
-import signal
-import subprocess
-import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +33,6 @@ UNNEEDED = "lm_head.weight"
 Tensors = dict[str, np.ndarray]
 
 
-@pytest.fixture(scope="module")
-def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same weights, in one file and in four shards."""
-    folder = tmp_path_factory.mktemp("originals")
-    write(folder / "single", SHAPE)
-    write(folder / "sharded", SHAPE, shard_bytes=60_000)
-    return folder
-
-
 @pytest.fixture
 def single(originals: Path, tmp_path: Path) -> Path:
     return shutil.copytree(originals / "single", tmp_path / "single")
@@ -53,29 +41,6 @@ def single(originals: Path, tmp_path: Path) -> Path:
 @pytest.fixture
 def sharded(originals: Path, tmp_path: Path) -> Path:
     return shutil.copytree(originals / "sharded", tmp_path / "sharded")
-
-
-@pytest.fixture
-def make_fifo() -> Iterator[Callable[[Path], None]]:
-    """Make FIFOs that nobody writes to; who waits for one all the same is let go in ten seconds.
-
-    A test can then fail by the clock. An alarm would not do: the wait may be in a library that
-    never returns to the interpreter.
-    """
-    helpers = []
-
-    def make(path: Path) -> None:
-        os.mkfifo(path)
-        release = ["sh", "-c", 'sleep 10; exec 3<>"$0"', str(path)]
-        helpers.append(subprocess.Popen(release, start_new_session=True))
-
-    begin = time.perf_counter()
-    yield make
-    took = time.perf_counter() - begin
-    for helper in helpers:
-        os.killpg(helper.pid, signal.SIGKILL)
-        helper.wait()
-    assert took < 8
 
 
 def refusal(path: Path) -> str:

@@ -3,11 +3,8 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +27,6 @@ WHAT_IS = [87, 104, 97, 116, 32, 105, 115, 32, 50, 43, 50, 63]
 """The ids of "What is 2+2?" in the bundled checkpoint, whose tokenizer gives a token to a byte."""
 
 TOKENIZER: dict[str, Any] = json.loads((BUNDLED / "tokenizer.json").read_text())
-
-
-@pytest.fixture
-def make_fifo() -> Iterator[Callable[[Path], None]]:
-    """Make FIFOs that nobody writes to; who waits for one all the same is let go in ten seconds.
-
-    A test can then fail by the clock. An alarm would not do: the wait may be in a library that
-    never returns to the interpreter.
-    """
-    helpers = []
-
-    def make(path: Path) -> None:
-        os.mkfifo(path)
-        release = ["sh", "-c", 'sleep 10; exec 3<>"$0"', str(path)]
-        helpers.append(subprocess.Popen(release, start_new_session=True))
-
-    begin = time.perf_counter()
-    yield make
-    took = time.perf_counter() - begin
-    for helper in helpers:
-        os.killpg(helper.pid, signal.SIGKILL)
-        helper.wait()
-    assert took < 8
 
 
 def refusal_of_tokens(spec: str) -> str:
