@@ -10,7 +10,6 @@ import shutil
 import struct
 import subprocess
 import sys
-import time
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -265,14 +264,12 @@ def test_more_scores_than_a_file_can_count_are_refused_before_any_work(
 ) -> None:
     file = tmp_path / "ids"
     file.write_text("7 " * 26_755)
-    begin = time.perf_counter()
     tracemalloc.start()
     try:
         line = refused("capture", "--tokens", f"@{file}", "--stages", stages)
         _, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - begin < 5
     assert peak < 50_000_000
     assert line.startswith(named)
     assert "26755 tokens" in line

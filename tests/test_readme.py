@@ -45,7 +45,7 @@ def test_there_are_examples_to_check() -> None:
 
 def test_ci_runs_the_readmes_test_command() -> None:
     (command,) = re.findall(r"^    (pip install .* && pytest)$", README, flags=re.MULTILINE)
-    assert f"\n{command}\n" in (ROOT / ".ci" / "run").read_text()
+    assert f"({command})" in (ROOT / ".ci" / "run").read_text()
 
 
 @pytest.mark.parametrize("option", re.findall(r"`(--[a-z]+)", README))
