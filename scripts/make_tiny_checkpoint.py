@@ -21,6 +21,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 BUNDLED = Path(__file__).resolve().parents[1] / "weights" / "tiny-qwen2.5"
+STORED = ("bfloat16", "float16", "float32")
 SHARD_BYTES = 4_000_000_000
 """Gives the published number of shards: 3B 2, 7B 4, 14B 8, 32B 17, 72B 37 (huggingface.co/Qwen)."""
 
@@ -200,14 +201,18 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="where to write")
     parser.add_argument("--like", choices=FAMILY, help="the shape of a published model")
     parser.add_argument("--layers-written", type=int, help="leave out the layers from this one on")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
+    parser.add_argument("--dtype", choices=STORED, default=STORED[0], help="of the weights")
     options = parser.parse_args()
+    if options.directory.exists() and any(options.directory.iterdir()):
+        parser.error(f"{options.directory} is not empty")
     write(
         options.directory,
         FAMILY[options.like] if options.like else TINY,
         dtype=options.dtype,
         layers_written=options.layers_written,
     )
+    size = sum(file.stat().st_size for file in options.directory.iterdir())
+    print(f"{size / 1e6:,.1f} MB in {options.directory}")
 
 
 if __name__ == "__main__":

@@ -332,6 +332,26 @@ def test_an_input_of_another_layer(refused: Refused, tmp_path: Path, layer: str,
     assert f"layer {layer}" in line
 
 
+@pytest.mark.parametrize(
+    ("name", "mark", "layer"),
+    [
+        ("post_ffn_residual", 1, "1"),  # what leaves layer 1, one layer too far
+        ("post_ffn_residual", 0, "0"),
+        ("embedding", 0, "1"),
+        ("attn_norm", 0, "0"),
+        ("attn_out", 0, "1"),
+        ("final_norm", 0xFFFFFFFF, "0"),
+    ],
+)
+def test_an_input_that_is_another_stage_of_apr(
+    refused: Refused, tmp_path: Path, name: str, mark: int, layer: str
+) -> None:
+    path = write_aprt(tmp_path / f"{name}.bin", mark, STREAM)
+    line = refused("capture", "--input", path, "--layers", layer)
+    assert f"{name}.bin" in line
+    assert f"is not what enters layer {layer}" in line
+
+
 @pytest.mark.parametrize("layers", ["0,1", "0..3"])
 def test_an_input_for_two_layers(refused: Refused, tmp_path: Path, layers: str) -> None:
     path = write_aprt(tmp_path / "in.bin", 0, STREAM)

@@ -7,7 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, TINY
+
+from qwenref.capture import capture
+from qwenref.stages import ATTENTION
 
 README = (ROOT / "README.md").read_text()
 TRANSCRIPTS = re.findall(r"```console\n\$ (.*)\n((?:.*\n)*?)```", README)
@@ -36,6 +39,21 @@ def test_a_python_example_prints_what_its_comment_says(code: str) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert [f"# {line}" for line in done.stdout.splitlines()] == re.findall(r"# \S+(?=:)", code)
+
+
+def test_the_comparison_in_the_docs_finds_two_engines_in_agreement(tmp_path: Path) -> None:
+    (code,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "dump.md").read_text(), flags=re.DOTALL
+    )
+    (tmp_path / "dumps").mkdir()
+    (tmp_path / "dumps" / "apr").symlink_to(ROOT / "tests" / "data" / "apr-f32")
+    capture(TINY, tmp_path / "dumps" / "ref", device="cpu")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    errors = dict(line.split() for line in done.stdout.splitlines())
+    assert list(errors) == [stage.name for stage in ATTENTION]
+    assert all(float(error) < 1e-6 for error in errors.values())
 
 
 def test_there_are_examples_to_check() -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,12 @@ def test_run_returns_the_nine_stages_with_the_stated_axes_and_dtype(
         assert np.isfinite(array).all()
 
 
+@pytest.mark.parametrize("array", [tuple, np.array, jnp.array, lambda ids: np.array(ids, np.uint8)])
+def test_tokens_may_be_any_sequence_of_whole_numbers(array: Callable) -> None:
+    expected = qwenref.run(TINY, TOKENS)
+    assert np.array_equal(qwenref.run(TINY, array(TOKENS)).attn_out, expected.attn_out)
+
+
 def test_the_layouts_hold_the_same_numbers() -> None:
     apr, hf = (qwenref.run(TINY, TOKENS, layout=layout) for layout in ("apr", "hf"))
     assert np.array_equal(apr.q_post_rope, hf.q_post_rope.swapaxes(0, 1))
@@ -62,7 +69,7 @@ def test_run_leaves_jax_as_the_user_configured_it() -> None:
     [
         ({"tokens": []}, "no tokens"),
         ({"tokens": [320]}, "token id 320 is out of range: this checkpoint has ids 0 to 319"),
-        ({"dtype": "bfloat16"}, "unknown dtype 'bfloat16'; dtypes are float32, float64"),
+        ({"dtype": "bfloat16"}, "cannot compute in dtype 'bfloat16', only in float32 or float64"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"layout": "nchw"}, "unknown layout 'nchw'"),
     ],
@@ -70,3 +77,10 @@ def test_run_leaves_jax_as_the_user_configured_it() -> None:
 def test_run_refuses_what_it_cannot_use(options: dict, message: str) -> None:
     with pytest.raises(qwenref.QwenrefError, match=message):
         qwenref.run(**{"model_dir": TINY, "tokens": TOKENS} | options)
+
+
+def test_run_refuses_text_for_tokens() -> None:
+    # in a process of its own, without the type checks of the tests
+    code = f"import qwenref; qwenref.run({str(TINY)!r}, 'What is')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "QwenrefError: tokens must be a sequence of token ids" in done.stderr

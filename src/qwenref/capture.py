@@ -182,11 +182,18 @@ def _start(
 def _read_residual(path: Path, layer: int, D: int, tokens: list[int] | None) -> Aprt:
     """Read the residual stream [T, D] that enters `layer` from another engine's dump."""
     found = read_aprt(path)
-    # apr calls the stream that enters layer n the post_ffn_residual of layer n-1
-    if found.layer is not None and found.layer not in (layer, layer - 1):
+    before = (layer - 1,) if layer else ()  # its output is what enters this one
+    marks = {
+        "embedding": () if layer else (0,),
+        "post_ffn_residual": before,
+        **{stage.name: () for stage in ATTENTION},
+    }.get(path.stem, (*before, layer))
+    if found.layer not in marks:
+        marked = "the whole model" if found.layer is None else f"layer {found.layer}"
+        wanted = f"layer {layer - 1}'s post_ffn_residual" if layer else "the embedding"
         raise QwenrefError(
-            f"{path} says that it belongs to layer {found.layer}; what enters layer {layer} is "
-            f"marked {layer}, or {layer - 1} (whose output it is)"
+            f"{path}, marked as of {marked}, is not what enters layer {layer}; apr calls that "
+            f"{wanted}"
         )
     T, rest = divmod(found.values.size, D)
     if rest or not T:

@@ -1,8 +1,13 @@
 """Reading small files of unknown origin."""
 
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
 
 from qwenref.errors import QwenrefError
+
+Parsed = TypeVar("Parsed")
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
@@ -22,6 +27,20 @@ def read_bounded(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise QwenrefError(f"{path} is larger than {limit} bytes, the most this kind of file needs")
     return content
+
+
+def parse_json(path: Path, content: bytes, type_: type[Parsed]) -> Parsed:
+    """Return the content of a JSON file as `type_`, which it must match.
+
+    Raises:
+        QwenrefError: It is no JSON, or not of that type; the message names the place.
+    """
+    try:
+        return msgspec.json.decode(content, type=type_)
+    except msgspec.ValidationError as error:
+        raise QwenrefError(f"{path}: {error}") from error
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise QwenrefError(f"{path} is not JSON: {error}") from error
 
 
 def reason(error: Exception) -> str:

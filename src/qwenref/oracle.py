@@ -1,10 +1,11 @@
 """From a checkpoint and a prompt to stage arrays, in memory."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+import operator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import numpy as np
@@ -54,7 +55,7 @@ class Stages(NamedTuple):
 
 def run(
     model_dir: str | Path,
-    tokens: Sequence[int],
+    tokens: Iterable[SupportsIndex],
     *,
     dtype: str = "float32",
     device: str = "auto",
@@ -64,7 +65,7 @@ def run(
 
     Args:
         model_dir: A checkpoint directory, or one .safetensors file with config.json beside it.
-        tokens: The prompt's token ids, at least one.
+        tokens: The prompt's token ids, at least one; a list, or a one-dimensional array.
         dtype: "float32" or "float64": what to compute in, and the dtype of the arrays returned.
         device: "auto", "cpu" or "gpu".
         layout: "apr" or "hf", see `Stages`.
@@ -73,6 +74,7 @@ def run(
         QwenrefError: The checkpoint, the tokens or an option cannot be used; one line says why.
     """
     arrange = layout_named(layout)
+    tokens = _whole_numbers(tokens)
     checkpoint = Checkpoint(Path(model_dir))
     checkpoint.config.refuse_window(0, len(tokens))
     check_tensors(checkpoint, 0, embedding=True)
@@ -90,6 +92,13 @@ def run(
     return arrays
 
 
+def _whole_numbers(tokens: Iterable[SupportsIndex]) -> list[int]:
+    try:
+        return [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise QwenrefError(f"tokens must be a sequence of token ids: {error}") from error
+
+
 @contextmanager
 def computing(dtype: str, device: str) -> Iterator[str]:
     """Set JAX up to compute in `dtype` on `device` within the block; name the device it took.
@@ -99,7 +108,7 @@ def computing(dtype: str, device: str) -> Iterator[str]:
             not suffice.
     """
     if dtype not in DTYPES:
-        raise QwenrefError(f"unknown dtype {dtype!r}; dtypes are {', '.join(DTYPES)}")
+        raise QwenrefError(f"cannot compute in dtype {dtype!r}, only in {' or '.join(DTYPES)}")
     if device not in DEVICES:
         raise QwenrefError(f"unknown device {device!r}; devices are {', '.join(DEVICES)}")
     try:

@@ -59,6 +59,7 @@ MAX_LAYERS = 1 << 14
 
 ALL = (EMBEDDING, *ATTENTION)
 BY_NAME = {stage.name: stage for stage in ALL}
+_CHOICE = f"stages are all, or any of {', '.join(BY_NAME)}"
 
 
 def needed_for(wanted: Iterable[Stage]) -> tuple[Stage, ...]:
@@ -83,6 +84,8 @@ def parse_stages(spec: str) -> tuple[Stage, ...]:
     if "all" in names:
         names = names - {"all"} | {stage.name for stage in ATTENTION}
     for name in sorted(names - BY_NAME.keys()):
+        if not name:
+            raise QwenrefError(f"--stages {spec!r} has an empty name; {_CHOICE}")
         raise QwenrefError(f"unknown stage {name!r}: {_suggestion(name)}")
     return tuple(stage for stage in ALL if stage.name in names)
 
@@ -112,4 +115,4 @@ def _suggestion(name: str) -> str:
     import difflib  # only a wrong name pays for it
 
     nearest = difflib.get_close_matches(name, BY_NAME, n=1, cutoff=0)
-    return f"did you mean {nearest[0]!r}? Stages are all, or any of {', '.join(BY_NAME)}"
+    return f"did you mean {nearest[0]!r}? {_CHOICE}"

@@ -49,7 +49,9 @@ def read_aprt(path: str | Path) -> Aprt:
     path = Path(path)
     try:
         if not path.is_file():
-            raise QwenrefError(f"{path} {'is no regular file' if path.exists() else 'is missing'}")
+            raise QwenrefError(
+                f"{path} {'is not a regular file' if path.exists() else 'does not exist'}"
+            )
         with path.open("rb") as file:
             size = path.stat().st_size
             header = file.read(HEADER.size)
@@ -57,7 +59,9 @@ def read_aprt(path: str | Path) -> Aprt:
                 raise QwenrefError(f"{path} has {size} bytes; an APRT header alone has 12")
             magic, layer, count = HEADER.unpack(header)
             if magic != MAGIC:
-                raise QwenrefError(f"{path} begins with {magic!r}, not with {MAGIC!r}")
+                raise QwenrefError(
+                    f"{path} is not an APRT file: it begins with {magic!r}, not with {MAGIC!r}"
+                )
             expected = HEADER.size + VALUE.itemsize * count
             if size != expected:
                 raise QwenrefError(

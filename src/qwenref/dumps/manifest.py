@@ -11,7 +11,7 @@ import msgspec
 
 from qwenref.dumps.aprt import MAX_VALUES
 from qwenref.errors import QwenrefError
-from qwenref.files import read_bounded
+from qwenref.files import parse_json, read_bounded
 
 NAME = "manifest.json"
 LIMIT = 1 << 26
@@ -142,9 +142,10 @@ def read_manifest(directory: Path) -> Manifest:
         QwenrefError: It is missing, malformed, of another schema, or contradicts itself.
     """
     path = directory / NAME
+    manifest = parse_json(path, read_bounded(path, LIMIT), Manifest)
     try:
-        return _consistent(msgspec.json.decode(read_bounded(path, LIMIT), type=Manifest))
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        return _consistent(manifest)
+    except ValueError as error:
         raise QwenrefError(f"{path}: {error}") from error
 
 

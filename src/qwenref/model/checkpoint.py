@@ -13,7 +13,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from qwenref.errors import QwenrefError, printable
-from qwenref.files import read_bounded, reason
+from qwenref.files import parse_json, read_bounded, reason
 from qwenref.model.config import Config, read_config
 
 SINGLE = "model.safetensors"
@@ -27,6 +27,9 @@ DTYPES = {
     "F32": np.dtype(np.float32),
 }
 """The stored dtypes that widen to float32 without loss, by their names in a file's header."""
+
+LFS_POINTER = b"version https://git-lfs"
+"""What a file begins with that was cloned without its content."""
 
 CHUNK = 1 << 22
 """Bytes mapped at a time: pages of the file count as memory only while one chunk is read."""
@@ -67,8 +70,12 @@ class Checkpoint:
             self.directory = path.parent
             self.name = printable(path.stem)
         else:
-            found = "is neither" if path.exists() else "does not exist; expected"
-            raise QwenrefError(f"no model: {path} {found} a directory or a .safetensors file")
+            found = (
+                "is something else" if path.exists() else "does not exist (nothing is downloaded)"
+            )
+            raise QwenrefError(
+                f"no model: {path} {found}; give a local checkpoint directory or .safetensors file"
+            )
         self.config: Config = read_config(self.directory / "config.json")
         if not path.is_dir():
             self._files = _tensors_of(path)
@@ -140,6 +147,9 @@ def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
+        with path.open("rb") as file:
+            if file.read(len(LFS_POINTER)) == LFS_POINTER:
+                raise QwenrefError(f"{path} is a Git LFS pointer: run git lfs pull") from error
         raise QwenrefError(
             f"{path} is truncated or is no safetensors file: {reason(error)}"
         ) from error
@@ -161,10 +171,7 @@ def _indexed_tensors(directory: Path) -> dict[str, Path]:
     that the index says it holds.
     """
     index = directory / INDEX
-    try:
-        parsed = msgspec.json.decode(read_bounded(index, INDEX_LIMIT), type=_Index)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise QwenrefError(f"{index}: {error}") from error
+    parsed = parse_json(index, read_bounded(index, INDEX_LIMIT), _Index)
     held: dict[str, dict[str, Path]] = {}
     for name, shard in parsed.weight_map.items():
         if shard not in held:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 
 from qwenref.errors import QwenrefError
-from qwenref.files import read_bounded
+from qwenref.files import parse_json, read_bounded
 from qwenref.stages import MAX_LAYERS
 
 CONFIG_LIMIT = 1 << 20
@@ -102,42 +102,42 @@ def read_config(path: Path) -> Config:
             attention.
     """
     content = read_bounded(path, CONFIG_LIMIT)
+    kind = parse_json(path, content, _Kind)
     try:
-        kind = msgspec.json.decode(content, type=_Kind)
         _refuse_other_kinds(kind)
-        raw = msgspec.json.decode(content, type=_File)
+        raw = parse_json(path, content, _File)
         return _checked(raw)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, QwenrefError) as error:
+    except ValueError as error:
         raise QwenrefError(f"{path}: {error}") from error
 
 
 def _refuse_other_kinds(kind: _Kind) -> None:
     if kind.model_type != "qwen2":
-        raise QwenrefError(f"model_type is {short(kind.model_type)}; only 'qwen2' is supported")
+        raise ValueError(f"model_type is {short(kind.model_type)}; only 'qwen2' is supported")
     if kind.architectures is not None and "Qwen2ForCausalLM" not in kind.architectures:
-        raise QwenrefError(
+        raise ValueError(
             f"architectures is {short(kind.architectures)}; only 'Qwen2ForCausalLM' is supported"
         )
     if kind.quantization_config is not None:
-        raise QwenrefError(
+        raise ValueError(
             "quantization_config is set: quantised checkpoints are not supported; "
             "use the unquantised bf16, f16 or f32 one"
         )
     if kind.is_causal is not True:
-        raise QwenrefError("is_causal is not true: two-way attention is not supported")
+        raise ValueError("is_causal is not true: two-way attention is not supported")
 
 
 def _checked(raw: _File) -> Config:
     D, N, K = raw.hidden_size, raw.num_attention_heads, raw.num_key_value_heads
     if N % K:
-        raise QwenrefError(f"num_attention_heads {N} is not a multiple of num_key_value_heads {K}")
+        raise ValueError(f"num_attention_heads {N} is not a multiple of num_key_value_heads {K}")
     if raw.head_dim is None and D % N:
-        raise QwenrefError(
+        raise ValueError(
             f"hidden_size {D} is not a multiple of num_attention_heads {N}, and head_dim is absent"
         )
     H = raw.head_dim or D // N
     if H % 2:
-        raise QwenrefError(f"head size {H} is odd; RoPE rotates pairs")
+        raise ValueError(f"head size {H} is odd; RoPE rotates pairs")
     return Config(
         hidden_size=D,
         num_attention_heads=N,
@@ -165,7 +165,7 @@ def _plain_rope_theta(raw: _File) -> float:
         unexplained = set() if kinds else fields.keys() - {"rope_theta", "partial_rotary_factor"}
         if kinds - {"default"} or unexplained:
             named = short(sorted(kinds or unexplained))
-            raise QwenrefError(
+            raise ValueError(
                 f"{where} asks for {named}: only plain RoPE is supported, and this one would "
                 "change the numbers"
             )
@@ -173,18 +173,16 @@ def _plain_rope_theta(raw: _File) -> float:
         partial[f"{where}.partial_rotary_factor"] = fields.get("partial_rotary_factor")
     for where, factor in partial.items():
         if factor not in (None, 1):
-            raise QwenrefError(
-                f"{where} is {short(factor)}: only full rotary embedding is supported"
-            )
+            raise ValueError(f"{where} is {short(factor)}: only full rotary embedding is supported")
     given = {where: theta for where, theta in found.items() if theta is not None}
     if not given:
-        raise QwenrefError("rope_theta is missing (at top level and in rope_parameters)")
+        raise ValueError("rope_theta is missing (at top level and in rope_parameters)")
     for where, theta in given.items():
         if not isinstance(theta, int | float) or not 1 < theta < 1e30:
-            raise QwenrefError(f"{where} is {short(theta)}; a number between 1 and 1e30 is needed")
+            raise ValueError(f"{where} is {short(theta)}; a number between 1 and 1e30 is needed")
     if len(set(given.values())) > 1:
         stated = ", ".join(f"{where} {theta}" for where, theta in given.items())
-        raise QwenrefError(f"rope_theta is given twice and disagrees: {stated}")
+        raise ValueError(f"rope_theta is given twice and disagrees: {stated}")
     return float(next(iter(given.values())))
 
 
@@ -197,16 +195,16 @@ def _windows(raw: _File) -> tuple[int | None, ...]:
     if raw.layer_types is not None:
         unknown = set(raw.layer_types) - {"full_attention", "sliding_attention"}
         if unknown or len(raw.layer_types) != L:
-            raise QwenrefError(
+            raise ValueError(
                 f"layer_types must name full_attention or sliding_attention for each of {L} layers"
             )
         slides = [kind == "sliding_attention" for kind in raw.layer_types]
     elif raw.use_sliding_window and raw.sliding_window is not None:
         if raw.max_window_layers is None:
-            raise QwenrefError("use_sliding_window is true, but max_window_layers is missing")
+            raise ValueError("use_sliding_window is true, but max_window_layers is missing")
         slides = [layer >= raw.max_window_layers for layer in range(L)]
     else:
         slides = [False] * L
     if any(slides) and raw.sliding_window is None:
-        raise QwenrefError("layer_types names sliding_attention, but sliding_window is missing")
+        raise ValueError("layer_types names sliding_attention, but sliding_window is missing")
     return tuple(raw.sliding_window if slide else None for slide in slides)
