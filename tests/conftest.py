@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,27 +25,20 @@ SMALL = Shape(84, 6, 2, intermediate_size=16, num_hidden_layers=2, vocab_size=32
 
 
 @pytest.fixture
-def cli(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Iterator[Cli]:
+def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
     """Run `qwenref ARGS` in this process, in an empty working directory, `tmp_path`/"cwd"."""
-    from qwenref.cli import main
+    from qwenref.cli import command
 
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    handler = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["qwenref", *map(str, arguments)])
         capsys.readouterr()
-        with pytest.raises(SystemExit) as exit_:
-            main()
-        code = exit_.value.code
+        status = command([*map(str, arguments)])
         captured = capsys.readouterr()
-        return Result(0 if code is None else int(code), str(captured.out), str(captured.err))
+        return Result(status, str(captured.out), str(captured.err))
 
-    yield run
-    signal.signal(signal.SIGTERM, handler)
+    return run
 
 
 @pytest.fixture(scope="session")

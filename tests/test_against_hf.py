@@ -18,10 +18,12 @@ from torch.nn import functional
 from transformers.models.qwen2 import modeling_qwen2
 
 import qwenref
+from qwenref import chain
+from qwenref.chain import chain_pieces
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.weights import read_attention, read_embedding
-from qwenref.oracle import chain_pieces, computing
+from qwenref.oracle import computing
 from qwenref.stages import ATTENTION
 
 BASE = Shape(84, 6, 2, 16, 2, 320, seed=1)
@@ -121,18 +123,27 @@ def oracle(directory: Path) -> Attention:
     return Attention(checkpoint.config, read_attention(checkpoint, 0)[0])
 
 
-def test_float32_stages_agree_with_transformers(case: tuple[Path, list[int]]) -> None:
-    directory, tokens = case
+def assert_float32_stages_agree(directory: Path, tokens: list[int]) -> None:
     theirs = stages_of(load(directory, "float32"), tokens, [0])[0]
+    parts: dict[str, list[np.ndarray]] = {stage.name: [] for stage in ATTENTION}
     with computing("float32", "cpu"):
         attention = oracle(directory)
         rows, _ = read_embedding(Checkpoint(directory), tokens)
-        pieces = chain_pieces(attention, rows.astype("float32"), ATTENTION)
-        ours = {stage.name: values for stage, _, values in pieces}
-    sizes = attention.config.sizes
+        for stage, _, values in chain_pieces(attention, rows, "float32", ATTENTION):
+            parts[stage.name].append(values)
     for stage in ATTENTION:
-        error, where = worst(stage, ours[stage.name], theirs[stage.name], sizes)
+        ours = np.concatenate(parts[stage.name], axis=stage.axes.index("T"))
+        error, where = worst(stage, ours, theirs[stage.name], attention.config.sizes)
         assert error <= NOISE, where
+
+
+def test_float32_stages_agree_with_transformers(case: tuple[Path, list[int]]) -> None:
+    assert_float32_stages_agree(*case)
+
+
+def test_a_prompt_in_many_pieces_agrees_with_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chain, "PIECE_BYTES", 9000)  # blocks of 13 tokens, slices of 5 queries
+    assert_float32_stages_agree(TINY, list(range(65)))
 
 
 FLOAT32_IN_FLOAT64 = {"attn_norm", "q_post_rope", "k_post_rope", "attn_softmax"}

@@ -150,14 +150,26 @@ def test_an_unknown_value_and_the_choices(
         assert choice in line
 
 
-def test_a_gpu_that_is_absent_is_an_error(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qwenref", "capture", "--device", "gpu"]
-    hidden = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+@pytest.mark.parametrize(
+    ("device", "platforms", "missing"),
+    [
+        ("gpu", "cpu", "gpu"),
+        ("gpu", "", "gpu"),
+        ("gpu", "nonsense", "gpu"),
+        ("auto", "nonsense", "device"),
+        ("auto", "cuda", "device"),
+    ],
+)
+def test_a_device_that_is_absent_is_an_error(
+    device: str, platforms: str, missing: str, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "qwenref", "capture", "--device", device]
+    hidden = os.environ | {"JAX_PLATFORMS": platforms, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
         command, cwd=tmp_path, env=hidden, capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(f"{PREFIX}no gpu here")
+    assert done.stderr.startswith(f"{PREFIX}no {missing} here; JAX finds: ")
     assert done.stderr.count("\n") == 1
     assert not list(tmp_path.iterdir())
 

@@ -549,8 +549,10 @@ def test_ctrl_c_and_sigterm_at_other_moments_leave_nothing_behind(
     fresh, old = Path.mkdir, copy_of(old_dump)
     cases = [
         (signal.SIGINT, "import jax$", fresh, 130),
+        (signal.SIGINT, r"import jax\._src\.lax", fresh, 130),
         (signal.SIGINT, "os.rename out/layer-0", old, 130),
         (signal.SIGTERM, "import jax$", fresh, 143),
+        (signal.SIGTERM, r"import flax", fresh, 143),
         (signal.SIGTERM, "open .*attn_norm", fresh, 143),
         (signal.SIGTERM, "open .*manifest", old, 143),
         (signal.SIGTERM, f"os.rename out/{PARTIAL}/new/manifest", old, 143),
@@ -569,6 +571,16 @@ def test_ctrl_c_and_sigterm_at_other_moments_leave_nothing_behind(
             assert (outcome.status, outcome.out) == (status, "")
             assert "Traceback" not in outcome.err
             assert snapshot(cwd) == files
+
+
+def test_a_hangup_that_nohup_ignores_is_ignored(start: Start, tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which a new process inherits
+    try:
+        process = start(tmp_path, *QUICK, "-o", "out", at="open .*attn_norm", send=signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert ended(process).status == 0
+    assert whole(tmp_path / "out").tokens == [1]
 
 
 # Two at once
@@ -721,16 +733,34 @@ def test_a_report_that_cannot_be_printed_is_trouble_in_one_line(
     one_line(outcome.err, "File too large")
 
 
-def test_a_closed_standard_error_does_not_matter(tmp_path: Path) -> None:
-    closed = (
-        "import os, sys; os.close(2); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
-    )
+@pytest.mark.parametrize("arguments", [("--help",), ("--version",), ("capture", "--help")])
+def test_help_that_cannot_be_printed_is_trouble_in_one_line(arguments: tuple[str, ...]) -> None:
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "qwenref", *arguments],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=PATIENCE,
+        )
+    assert done.returncode == 2
+    one_line(done.stderr, "cannot print", "No space left")
+
+
+@pytest.mark.parametrize("closed", [(2,), (1,), (0, 1, 2)])
+def test_closed_standard_streams_do_not_matter(closed: tuple[int, ...], tmp_path: Path) -> None:
+    # their numbers are free for files then; nothing that is printed may end up in one
+    launch = "import os, sys; [os.close(n) for n in map(int, sys.argv.pop(1).split())]; "
+    launch += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
     done = subprocess.run(
-        [sys.executable, "-c", closed, "-m", "qwenref", *QUICK, "-o", "out", "--json"],
+        [sys.executable, "-c", launch, " ".join(map(str, closed)), "-m", "qwenref", *QUICK]
+        + ["-o", "out", "--json"],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         timeout=PATIENCE,
         check=False,
     )
     assert done.returncode == 0
-    assert done.stdout == (tmp_path / "out" / "manifest.json").read_bytes()
+    manifest = (tmp_path / "out" / "manifest.json").read_bytes()
+    assert done.stdout == (b"" if 1 in closed else manifest)
+    assert whole(tmp_path / "out").tokens == [1]

@@ -262,14 +262,14 @@ RANDOM_SUBSETS = [
 ]
 
 
-@pytest.mark.parametrize("slice_bytes", [None, 1500], ids=["one slice", "several slices"])
+@pytest.mark.parametrize("piece_bytes", [None, 2000], ids=["one piece", "several pieces"])
 def test_sub_005_fewer_stages_never_change_the_values_of_the_others(
-    cli: Cli, monkeypatch: pytest.MonkeyPatch, slice_bytes: int | None
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, piece_bytes: int | None
 ) -> None:
-    from qwenref import oracle
+    from qwenref import chain
 
-    if slice_bytes:
-        monkeypatch.setattr(oracle, "SLICE_BYTES", slice_bytes)
+    if piece_bytes:
+        monkeypatch.setattr(chain, "PIECE_BYTES", piece_bytes)
     everything = captured(cli, ("embedding", *NINE))
     assert set(everything) == {"embedding", *NINE}
     assert len(set(everything.values())) == 10

@@ -4,13 +4,13 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 import qwenref
+from qwenref.chain import chain_pieces
 from qwenref.dumps import manifest
 from qwenref.dumps.aprt import MAX_VALUES, Aprt, read_aprt
 from qwenref.dumps.layout import layout_named
@@ -22,7 +22,7 @@ from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
 from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
 from qwenref.model.weights import check_tensors, read_attention, read_embedding
-from qwenref.oracle import Piece, chain_pieces, computing
+from qwenref.oracle import computing
 from qwenref.stages import ATTENTION, EMBEDDING, Stage
 
 
@@ -101,10 +101,7 @@ def capture(
             rows, rows_print = read_embedding(checkpoint, start.tokens)
         else:
             rows, rows_print = start.stream.values.reshape(T, -1), None
-        stream = rows.astype(dtype)
-        pieces = chain_pieces(Attention(config, weights), stream, stages)
-        if EMBEDDING in stages:
-            pieces = chain([Piece(EMBEDDING, 0, stream)], pieces)
+        pieces = chain_pieces(Attention(config, weights), rows, dtype, stages)
         progress("compiling")
         with ExitStack() as files:
             writers: dict[Stage, StageWriter] = {}

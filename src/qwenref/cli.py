@@ -1,13 +1,14 @@
 """The command line: parse, call one function, print, exit.
 
-Exit status: 0 done, 2 trouble, 130 interrupted.
+Exit status: 0 done, 1 nobody reads the output any more, 2 trouble, 130 interrupted.
 """
 
+import gc
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,9 +17,13 @@ import typer
 import qwenref
 from qwenref.errors import QwenrefError, printable
 from qwenref.files import reason
+from qwenref.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from qwenref.capture import Captured
+
+M_ARENA_MAX = -8
+"""From glibc's malloc.h: how many heaps threads may have between them."""
 
 app = typer.Typer(
     add_completion=False,
@@ -28,31 +33,37 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Run the command line and exit; trouble is one line on standard error."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))
-    try:
-        status = app(sys.argv[1:] or ["--help"], standalone_mode=False)
-    except typer.TyperException as error:
-        status = _trouble(error.format_message())
-    except QwenrefError as error:
-        status = _trouble(str(error))
+    """Run the command line as a process of its own, and exit."""
+    gc.disable()  # nothing to gain in so short a life; importing JAX takes a sixth less without
+    while os.open(os.devnull, os.O_RDWR) <= 2:  # a standard stream was closed: else a stage file
+        pass  # gets its number, and with it what libraries write there
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is signal.SIG_DFL:  # not under nohup
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    status = command(sys.argv[1:])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # all is done but for taking the process down
+    gc.freeze()  # else the interpreter spends a quarter of a second on a last search for garbage
     sys.exit(status)
 
 
-def _trouble(message: str) -> int:
-    typer.echo(f"qwenref: error: {printable(message)}", err=True)
-    return 2
-
-
-def _report(text: str) -> None:
-    """Print on standard output; if that is full or closed, it is trouble."""
+def command(arguments: list[str]) -> int:
+    """Run the command line; trouble is one line on standard error. Return the exit status."""
     try:
-        typer.echo(text, nl=not text.endswith("\n"))
-        sys.stdout.flush()
-    except OSError as error:
+        return app(arguments or ["--help"], standalone_mode=False) or 0
+    except typer.TyperException as error:
+        return _trouble(error.format_message())
+    except QwenrefError as error:
+        return _trouble(str(error))
+    except OSError as error:  # all others are QwenrefErrors
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
-        raise QwenrefError(f"cannot print the report: {reason(error)}") from error
+        return _trouble(f"cannot print: {reason(error)}")
+
+
+def _trouble(message: str) -> int:
+    with suppress(OSError):
+        typer.echo(f"qwenref: error: {printable(message)}", err=True)
+    return 2
 
 
 def _version(asked: bool) -> bool:
@@ -127,37 +138,48 @@ def capture(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No table, no progress.")] = False,
 ) -> None:
     """Write the stages of one layer's attention as APRT files, with a manifest."""
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others use the GPU too
-    if device == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"  # do not even wake the GPU
-    with _progress(quiet) as progress:
+    _prepare_for_jax(device)
+    with _progress(quiet) as progress, Interrupts() as interrupts:
+        # not interrupted: an exception in the midst of an import may be lost, or crash it
         from qwenref import capture as capturing
         from qwenref.bundled import tiny_checkpoint
         from qwenref.model.tokens import parse_tokens
         from qwenref.stages import parse_layers, parse_stages
 
-        done = capturing.capture(
-            model or tiny_checkpoint(),
-            output,
-            layers=parse_layers(layers),
-            prompt=prompt,
-            tokens=None if tokens is None else parse_tokens(tokens),
-            stages=parse_stages(stages),
-            dtype=dtype,
-            device=device,
-            layout=layout,
-            residual=residual,
-            force=force,
-            progress=progress,
-        )
+        with interrupts.let_through():
+            done = capturing.capture(
+                model or tiny_checkpoint(),
+                output,
+                layers=parse_layers(layers),
+                prompt=prompt,
+                tokens=None if tokens is None else parse_tokens(tokens),
+                stages=parse_stages(stages),
+                dtype=dtype,
+                device=device,
+                layout=layout,
+                residual=residual,
+                force=force,
+                progress=progress,
+            )
     for stage in done.written:
         if stage.nonfinite:
             found = f"{stage.file.stage} holds {stage.nonfinite} NaN or infinite values"
             typer.echo(f"qwenref: warning: {found}", err=True)
     if json:
-        _report(done.manifest.to_json())
+        typer.echo(done.manifest.to_json(), nl=False)
     elif not quiet:
-        _report(_table(done))
+        typer.echo(_table(done))
+
+
+def _prepare_for_jax(device: str) -> None:
+    """Set what has to be set before JAX is imported."""
+    import ctypes
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others use the GPU too
+    if device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # do not even wake the GPU
+    with suppress(AttributeError):  # there is mallopt in glibc, where each thread of XLA would
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # otherwise keep freed memory for itself
 
 
 @contextmanager

@@ -21,6 +21,7 @@ class Interrupts:
     def __enter__(self) -> "Interrupts":
         self._open = False
         self._waiting: list[int] = []
+        self._raised: BaseException | None = None
         self._handlers: dict[int, Any] = {}
         if current_thread() is main_thread():
             for number in (getattr(signal, name) for name in NAMES if hasattr(signal, name)):
@@ -38,12 +39,18 @@ class Interrupts:
 
     @contextmanager
     def let_through(self) -> Iterator[None]:
-        """Deliver what waited, and, within this block, what comes."""
+        """Deliver what waited, and, within this block, what comes.
+
+        Python drops an exception that a handler raises while an object is finalized or a garbage
+        collection is announced (JAX has itself called then); so it is raised again in the end.
+        """
         self._open = True
         try:
             while self._waiting:
                 self._receive(self._waiting.pop(0), None)
             yield
+            if self._raised is not None:
+                raise self._raised
         finally:
             self._open = False
 
@@ -57,5 +64,9 @@ class Interrupts:
             self._waiting.append(number)
             return
         self._open = False
-        self._handlers[number](number, frame)
+        try:
+            self._handlers[number](number, frame)
+        except BaseException as raised:
+            self._raised = raised
+            raise
         self._open = True

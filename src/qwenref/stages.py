@@ -29,6 +29,7 @@ class Stage:
         masked: Whether cells with key position > query position mean nothing.
         sliced: Whether its method takes a slice of the queries and the position of the first, so
             that [N, T, S] never exists whole.
+        rotated: Whether its method rotates, and so takes the position of the first token.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Stage:
     blocks: tuple[str, ...] = ()
     masked: bool = False
     sliced: bool = False
+    rotated: bool = False
 
 
 EMBEDDING = Stage("embedding", ("T", "D"), ())
@@ -45,8 +47,8 @@ ATTENTION = (
     Stage("attn_norm", ("T", "D"), (RESIDUAL,)),
     Stage("qkv_matmul", ("T", "F"), ("attn_norm",), blocks=("q", "k", "v")),
     Stage("qkv_bias", ("T", "F"), ("qkv_matmul",), blocks=("q", "k", "v")),
-    Stage("q_post_rope", ("T", "N", "H"), ("qkv_bias",)),
-    Stage("k_post_rope", ("T", "K", "H"), ("qkv_bias",)),
+    Stage("q_post_rope", ("T", "N", "H"), ("qkv_bias",), rotated=True),
+    Stage("k_post_rope", ("T", "K", "H"), ("qkv_bias",), rotated=True),
     Stage("attn_scores", ("N", "T", "S"), ("q_post_rope", "k_post_rope"), masked=True, sliced=True),
     Stage("attn_softmax", ("N", "T", "S"), ("attn_scores",), masked=True, sliced=True),
     Stage("attention", ("T", "E"), ("attn_softmax", "qkv_bias"), sliced=True),

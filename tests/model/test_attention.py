@@ -15,12 +15,13 @@ from make_tiny_checkpoint import Shape, write
 from safetensors.numpy import load_file, save_file
 
 import qwenref
-from qwenref import oracle
+from qwenref import chain
+from qwenref.chain import chain_pieces
 from qwenref.dumps.manifest import UsedConfig
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.weights import EMBEDDING, attention_tensors, read_attention, read_embedding
-from qwenref.oracle import Stages, chain_pieces, computing
+from qwenref.oracle import Stages, computing
 from qwenref.stages import ATTENTION
 
 TOKENS = [87, 104, 97, 116, 32, 105, 115]
@@ -196,10 +197,9 @@ def attention() -> Iterator[Attention]:
 @pytest.fixture(scope="module")
 def values(attention: Attention) -> dict[str, np.ndarray]:
     rows, _ = read_embedding(Checkpoint(TINY), TOKENS)
-    residual = rows.astype(np.float32)
-    pieces = list(chain_pieces(attention, residual, ATTENTION))
-    assert len(pieces) == len(ATTENTION)  # one slice
-    return {"residual": residual} | {stage.name: array for stage, _, array in pieces}
+    pieces = list(chain_pieces(attention, rows, "float32", ATTENTION))
+    assert len(pieces) == len(ATTENTION)  # one piece each
+    return {"residual": rows.astype(np.float32)} | {stage.name: array for stage, _, array in pieces}
 
 
 def inputs_of(name: str, values: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -261,13 +261,26 @@ def test_a_slice_of_the_queries_gives_the_rows_of_the_whole(
         assert rel_l2(np.asarray(ours), whole) <= ACCUMULATION, name
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 6])
-def test_a_prompt_in_slices_gives_what_it_gives_in_one(
-    rows: int, monkeypatch: pytest.MonkeyPatch, healthy: Stages
+@pytest.mark.parametrize(
+    ("piece", "cut"),
+    [
+        (560, (30, 30)),  # the bytes of one token's q, k, v
+        (4480, (4, 8)),  # blocks of 8 tokens in slices of 4; the last block begins at 22
+        (9000, (2, 4)),  # blocks of 15 tokens in slices of 8; the last slice of each at 7
+    ],
+)
+def test_a_prompt_in_pieces_gives_what_it_gives_in_one(
+    piece: int, cut: tuple[int, int], attention: Attention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(oracle, "SLICE_BYTES", rows * SIZES["N"] * T * 4)
-    for name, sliced, whole in zip(NAMES, qwenref.run(TINY, TOKENS), healthy, strict=True):
-        assert rel_l2(sliced, whole) <= ACCUMULATION, name
+    rows, _ = read_embedding(Checkpoint(TINY), range(30))
+    expected = list(chain_pieces(attention, rows, "float32", ATTENTION))
+    monkeypatch.setattr(chain, "PIECE_BYTES", piece)
+    pieces = list(chain_pieces(attention, rows, "float32", ATTENTION))
+    for stage, _, whole in expected:
+        parts = [values for name, _, values in pieces if name == stage]
+        assert len(parts) == cut[stage.sliced]
+        together = np.concatenate(parts, axis=stage.axes.index("T"))
+        assert rel_l2(together, whole) <= ACCUMULATION, stage.name
 
 
 def test_masked_scores_are_never_read(attention: Attention, values: dict[str, np.ndarray]) -> None:

@@ -74,16 +74,16 @@ class Attention(nnx.Module):
         self, qkv_bias: Float[Array, "T F"], first: Position = 0
     ) -> Float[Array, "T N H"]:
         """The query heads, rotated; `first` is the position of the first token given."""
-        q, _, _ = self._heads(qkv_bias)
-        return self._rotated(q, first)
+        N = self.config.num_attention_heads
+        return self._rotated(self._heads(qkv_bias)[:, :N], first)
 
     @jax.jit
     def k_post_rope(
         self, qkv_bias: Float[Array, "T F"], first: Position = 0
     ) -> Float[Array, "T K H"]:
         """The key heads, rotated, before they are shared among query heads."""
-        _, k, _ = self._heads(qkv_bias)
-        return self._rotated(k, first)
+        N, K = self.config.num_attention_heads, self.config.num_key_value_heads
+        return self._rotated(self._heads(qkv_bias)[:, N : N + K], first)
 
     @jax.jit
     def attn_scores(
@@ -92,7 +92,10 @@ class Attention(nnx.Module):
         k_post_rope: Float[Array, "S K H"],
         first: Position = 0,
     ) -> Float[Array, "N T S"]:
-        """Scaled dot products q . k / sqrt(H), unmasked; query head n reads key head n // G."""
+        """Scaled dot products q . k / sqrt(H), unmasked; query head n reads key head n // G.
+
+        They do not depend on `first`, the position of the first query given.
+        """
         T, N, H = q_post_rope.shape
         S, K, _ = k_post_rope.shape
         q = q_post_rope.reshape(T, K, N // K, H)
@@ -118,10 +121,13 @@ class Attention(nnx.Module):
         qkv_bias: Float[Array, "S F"],
         first: Position = 0,
     ) -> Float[Array, "T E"]:
-        """Probabilities times values, heads side by side per token."""
+        """Probabilities times values, heads side by side per token; `first` changes nothing.
+
+        Of `qkv_bias` only the last K*H channels, v, are read; the others may be absent.
+        """
         N, T, S = attn_softmax.shape
-        _, _, v = self._heads(qkv_bias)
-        K = v.shape[1]
+        K = self.config.num_key_value_heads
+        v = self._heads(qkv_bias)[:, -K:]
         p = attn_softmax.reshape(K, N // K, T, S)
         mixed = jnp.einsum("KGTS,SKH->TKGH", p, v, precision=EXACT)
         return mixed.reshape(T, -1)
@@ -131,12 +137,9 @@ class Attention(nnx.Module):
         """The output projection; it has no bias. The residual is not added yet."""
         return _projected(attention, self.o_proj)
 
-    def _heads(
-        self, qkv: Float[Array, "T F"]
-    ) -> tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]:
-        N, K, H = (self.config.sizes[axis] for axis in "NKH")
-        heads = qkv.reshape(len(qkv), N + 2 * K, H)
-        return heads[:, :N], heads[:, N : N + K], heads[:, N + K :]
+    def _heads(self, qkv: Float[Array, "T F"]) -> Float[Array, "T J H"]:
+        """Return the N query heads, K key heads and K value heads of each token."""
+        return qkv.reshape(len(qkv), -1, self.config.head_dim)
 
     def _rotated(self, x: Float[Array, "T J H"], first: Position) -> Float[Array, "T J H"]:
         """Rotate each pair (i, i + H/2) by position * theta**(-2i/H).

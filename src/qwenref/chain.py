@@ -1,0 +1,140 @@
+"""Computing the stages of one layer piece by piece: of a long prompt, little is held at a time."""
+
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from qwenref.model.attention import Attention
+from qwenref.stages import EMBEDDING, RESIDUAL, Stage, needed_for
+
+PIECE_BYTES = 3 << 20
+"""Most bytes of a piece of [T, F] or of [N, T, S]. docs/benchmarks.md has what others cost."""
+
+Arrays = dict[str, Any]
+"""By the names in `Stage.computed_from`."""
+
+
+class Piece(NamedTuple):
+    """Some tokens of a stage: those from position `first` on, in the axes of `stage.axes`."""
+
+    stage: Stage
+    first: int
+    values: np.ndarray
+
+
+class Span(NamedTuple):
+    """The tokens from position `start` to `stop`; those before `first` are not new."""
+
+    start: int
+    first: int
+    stop: int
+
+
+Computed = tuple[Stage, Span, Any]
+"""A stage and its array for the tokens of a span."""
+
+
+def chain_pieces(
+    attention: Attention, residual: np.ndarray, dtype: str, wanted: Collection[Stage]
+) -> Iterator[Piece]:
+    """Compute the wanted stages, and no others than they need; yield them piece by piece.
+
+    How a prompt is cut into pieces does not depend on which stages are wanted, so that neither do
+    the values.
+
+    Args:
+        attention: The layer.
+        residual: The stream that enters it, [T, D], in a dtype that widens to `dtype`.
+        dtype: What to compute in.
+        wanted: Stages of `qwenref.stages.ALL`; `EMBEDDING` is `residual` itself.
+    """
+    for stage, span, array in _computed(attention, residual, dtype, needed_for(wanted)):
+        if stage in wanted:
+            new = *([slice(None)] * stage.axes.index("T")), slice(span.first - span.start, None)
+            yield Piece(stage, span.first, np.asarray(array)[new])
+
+
+def _computed(
+    attention: Attention, residual: np.ndarray, dtype: str, chain: Sequence[Stage]
+) -> Iterator[Computed]:
+    """Compute a chain for one block of tokens after the other.
+
+    Between blocks only the keys and values that queries look at are kept. They are made before all
+    else, so that the projections of a long prompt are computed twice.
+    """
+    sizes, T = attention.config.sizes, len(residual)
+    most = PIECE_BYTES // np.dtype(dtype).itemsize
+    blocks = _spans(0, T, most // sizes["F"])
+    projections = list(takewhile(lambda stage: not stage.sliced, chain))
+    sliced = [stage for stage in chain if stage.sliced]
+    after = chain[len(projections) + len(sliced) :]
+
+    @lru_cache(maxsize=1)  # a short prompt is one block
+    def projected(block: Span) -> Arrays:
+        rows = residual[block.start : block.stop].astype(dtype)
+        arrays: Arrays = {RESIDUAL: jax.device_put(rows)}
+        for stage in projections:
+            arrays[stage.name] = _value(attention, stage, arrays, block)
+        return arrays
+
+    seen = _keys_and_values(blocks, projected, sizes | {"T": T}, dtype) if sliced else {}
+    for block in blocks:
+        arrays = dict(projected(block))
+        yield EMBEDDING, block, arrays[RESIDUAL]
+        for stage in projections:
+            yield stage, block, arrays[stage.name]
+        mixed = []
+        for span in _spans(block.start, block.stop, most // (sizes["N"] * T)) if sliced else ():
+            rows = slice(span.start - block.start, span.stop - block.start)
+            local = {**seen, "q_post_rope": np.asarray(arrays["q_post_rope"])[rows]}
+            for stage in sliced:
+                local[stage.name] = _value(attention, stage, local, span)
+                yield stage, span._replace(first=max(span.first, block.first)), local[stage.name]
+            if after:
+                mixed.append(np.asarray(local["attention"])[span.first - span.start :])
+        for stage in after:
+            arrays["attention"] = np.concatenate(mixed)
+            arrays[stage.name] = _value(attention, stage, arrays, block)
+            yield stage, block, arrays[stage.name]
+
+
+def _keys_and_values(
+    blocks: Sequence[Span],
+    projected: Callable[[Span], Arrays],
+    sizes: Mapping[str, int],
+    dtype: str,
+) -> Arrays:
+    """Return what queries look at, [T, K, H] and [T, K*H], under the names they are computed from.
+
+    Of qkv_bias `Attention.attention` reads just the last K*H channels, v.
+    """
+    T, K, H = (sizes[axis] for axis in "TKH")
+    keys, values = np.empty((T, K, H), dtype), np.empty((T, K * H), dtype)
+    for block in blocks:
+        arrays = projected(block)
+        new = slice(block.first - block.start, None)
+        keys[block.first : block.stop] = np.asarray(arrays["k_post_rope"])[new]
+        values[block.first : block.stop] = np.asarray(arrays["qkv_bias"])[new, -K * H :]
+    return {"k_post_rope": jax.device_put(keys), "qkv_bias": jax.device_put(values)}
+
+
+def _value(attention: Attention, stage: Stage, arrays: Arrays, span: Span) -> jax.Array:
+    position = (span.start,) if stage.sliced or stage.rotated else ()
+    return getattr(attention, stage.name)(
+        *(arrays[name] for name in stage.computed_from), *position
+    )
+
+
+def _spans(start: int, stop: int, most: int) -> list[Span]:
+    """Cut the tokens into spans of at most `most` (at least one), all of them of the same length.
+
+    One shape means one compilation; so the last span begins before the end of the one before it.
+    """
+    rows = math.ceil((stop - start) / math.ceil((stop - start) / max(1, most)))
+    stops = [min(first + rows, stop) for first in range(start, stop, rows)]
+    return [Span(end - rows, start + rows * n, end) for n, end in enumerate(stops)]
