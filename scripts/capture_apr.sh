@@ -23,4 +23,5 @@ trap 'rm -rf "$scratch"' EXIT
 apr import "$checkpoint" --arch qwen2 -o "$scratch/model.apr"
 apr trace "$scratch/model.apr" --save-tensor all --save-tensor-layers "$layers" \
     --save-tensor-dir "$scratch/dump"
+mkdir -p "$(dirname "$output")"
 mv "$scratch/dump" "$output"

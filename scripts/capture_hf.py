@@ -45,20 +45,31 @@ Arrays = dict[str, np.ndarray]
 """By stage name (and "residual"), in the axes of `qwenref.stages`, scores unmasked."""
 
 
-def load(model_dir: Path, dtype: str) -> Qwen2ForCausalLM:
+def load(model_dir: Path, dtype: str, last: int = 0) -> Qwen2ForCausalLM:
     """Load the whole model in `dtype`, with `recorded_attention` as its attention.
 
     The mask function has to be registered too: without it the mask arrives as None, and an eager
     attention silently looks into the future.
+
+    Raises:
+        QwenrefError: Tensors are missing in the layers up to `last` (but all biases may be, which
+            are zero then): transformers draws them at random.
     """
     AttentionInterface.register(RECORDED, recorded_attention)
     AttentionMaskInterface.register(RECORDED, eager_mask)
-    model = Qwen2ForCausalLM.from_pretrained(
+    loaded: Any = Qwen2ForCausalLM.from_pretrained(
         model_dir,
         dtype=getattr(torch, dtype),
         attn_implementation=RECORDED,
         local_files_only=True,
+        output_loading_info=True,
     )
+    model, found = loaded
+    used = ("model.embed_tokens.", *(f"model.layers.{layer}." for layer in range(last + 1)))
+    missing = {name for name in found["missing_keys"] if name.startswith(used)}
+    biases = {f"{layer}self_attn.{name}_proj.bias" for layer in used[1:] for name in "qkv"}
+    if missing and missing != biases:
+        raise QwenrefError(f"{model_dir} lacks {', '.join(sorted(missing))}")
     return model.eval()
 
 
@@ -79,7 +90,7 @@ def stages_of(
         for layer, record in records.items():
             handles += _watch(model.model.layers[layer], record)
         with torch.inference_mode():
-            model(torch.tensor([list(tokens)]), use_cache=False)
+            model(torch.tensor([list(tokens)]), use_cache=False, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()
@@ -206,6 +217,8 @@ def main() -> None:
 
 def capture(options: argparse.Namespace) -> None:
     """Capture as the command line says."""
+    if options.model.is_file():
+        raise QwenrefError(f"{options.model} is a file; transformers loads a checkpoint directory")
     checkpoint = Checkpoint(options.model)
     layers = parse_layers(options.layers)
     if layers[-1] >= checkpoint.config.num_hidden_layers:
@@ -221,7 +234,7 @@ def capture(options: argparse.Namespace) -> None:
             weights, fingerprints[str(layer)] = read_attention(checkpoint, layer)
             biases |= weights.q_bias is not None
         _, rows_fingerprint = read_embedding(checkpoint, tokens)
-        records = stages_of(load(checkpoint.directory, options.dtype), tokens, layers)
+        records = stages_of(load(options.model, options.dtype, layers[-1]), tokens, layers)
         sizes = checkpoint.config.sizes | {"T": len(tokens), "S": len(tokens)}
         files = []
         for layer, record in records.items():

@@ -353,6 +353,10 @@ def test_an_input_of_another_layer(refused: Refused, tmp_path: Path, layer: str,
         ("attn_norm", 0, "0"),
         ("attn_out", 0, "1"),
         ("final_norm", 0xFFFFFFFF, "0"),
+        ("lm_head", 0, "0"),
+        *((name, 0, "1") for name in ("post_attn_residual", "ffn_norm", "ffn_swigl", "ffn_out")),
+        ("layer_0_attn_norm", 0, "0"),
+        ("layer_1_post_ffn_residual", 1, "1"),
     ],
 )
 def test_an_input_that_is_another_stage_of_apr(

@@ -1,16 +1,21 @@
 """scripts/capture_hf.py as a command: the same tree and manifest as `qwenref capture`."""
 
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from capture_hf import load
 from comparison import NOISE, rel_l2
 from helpers import ROOT, TINY, Cli
+from safetensors.numpy import load_file, save_file
 
 import qwenref
 from qwenref.dumps.manifest import Manifest, read_manifest
+from qwenref.errors import QwenrefError
 
 SCRIPT = ROOT / "scripts" / "capture_hf.py"
 
@@ -64,3 +69,36 @@ def test_trouble_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:
         "capture_hf: error: token id 999 is out of range: this checkpoint has ids 0 to 319\n"
     )
     assert not (tmp_path / "hf").exists()
+
+
+def test_a_single_file_is_refused(tmp_path: Path) -> None:
+    done = capture_hf("--model", TINY / "model.safetensors", "-o", tmp_path / "hf")
+    assert done.returncode == 2
+    assert "model.safetensors is a file; transformers loads a checkpoint directory" in done.stderr
+
+
+def without(kept: Callable[[str], bool], directory: Path) -> Path:
+    """Return a copy of the bundled checkpoint with only some of its tensors."""
+    shutil.copytree(TINY, directory)
+    file = directory / "model.safetensors"
+    tensors = {name: values for name, values in load_file(file).items() if kept(name)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    return directory
+
+
+def test_tensors_that_transformers_would_draw_at_random_are_refused(tmp_path: Path) -> None:
+    lost = "model.layers.0.mlp.up_proj.weight"
+    model = without(lambda name: name != lost, tmp_path / "lost")
+    with pytest.raises(QwenrefError, match=f"lacks {lost}$"):
+        load(model, "float32", 1)
+    load(without(lambda name: "layers.2." not in name, tmp_path / "above"), "float32", 1)
+
+
+def test_a_checkpoint_without_biases_has_none_in_transformers(tmp_path: Path) -> None:
+    model = load(without(lambda name: "_proj.bias" not in name, tmp_path / "none"), "float32")
+    biases = [values for name, values in model.named_parameters() if name.endswith("_proj.bias")]
+    assert len(biases) == 9
+    assert not any(values.any() for values in biases)
+    partly = without(lambda name: "0.self_attn.q_proj.bias" not in name, tmp_path / "partly")
+    with pytest.raises(QwenrefError, match=r"lacks model.layers.0.self_attn.q_proj.bias$"):
+        load(partly, "float32")

@@ -752,9 +752,9 @@ def test_closed_standard_streams_do_not_matter(closed: tuple[int, ...], tmp_path
     # their numbers are free for files then; nothing that is printed may end up in one
     launch = "import os, sys; [os.close(n) for n in map(int, sys.argv.pop(1).split())]; "
     launch += "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    command = ["-m", "qwenref", *QUICK, "-o", "out", "--json"]
     done = subprocess.run(
-        [sys.executable, "-c", launch, " ".join(map(str, closed)), "-m", "qwenref", *QUICK]
-        + ["-o", "out", "--json"],
+        [sys.executable, "-c", launch, " ".join(map(str, closed)), *command],
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         timeout=PATIENCE,

@@ -28,10 +28,15 @@ def test_an_interrupt_that_python_drops_is_raised_in_the_end(
 ) -> None:
     dropped: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", lambda found: dropped.append(found.exc_type))
-    went_on = False
-    with pytest.raises(KeyboardInterrupt), Interrupts() as interrupts, interrupts.let_through():
-        InterruptedWhenDropped()
-        went_on = True
+    went_on = []
+
+    def work() -> None:
+        with Interrupts() as interrupts, interrupts.let_through():
+            InterruptedWhenDropped()
+            went_on.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert dropped == [KeyboardInterrupt]
     assert went_on
 
@@ -52,11 +57,15 @@ def test_a_handler_that_raises_nothing_ends_nothing() -> None:
 
 def test_a_nested_context_passes_on_to_the_one_around_it() -> None:
     reached = []
-    with pytest.raises(KeyboardInterrupt), Interrupts() as outer, outer.let_through():
-        with Interrupts() as inner:
+
+    def work() -> None:
+        with Interrupts() as outer, outer.let_through(), Interrupts() as inner:
             signal.raise_signal(signal.SIGINT)
             reached.append("inside")
             inner.deliver()
             reached.append("not this")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
     assert reached == ["inside"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler

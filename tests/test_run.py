@@ -64,6 +64,19 @@ def test_run_leaves_jax_as_the_user_configured_it() -> None:
     assert jnp.arange(3.0).dtype == np.float32
 
 
+def test_run_works_however_the_caller_has_configured_jax() -> None:
+    expected = qwenref.run(TINY, TOKENS)
+    with (
+        jax.numpy_rank_promotion("raise"),
+        jax.transfer_guard("disallow"),
+        jax.default_matmul_precision("bfloat16"),
+        jax.enable_x64(True),
+        jax.debug_nans(True),
+    ):
+        strange = qwenref.run(TINY, TOKENS)
+    assert all(map(np.array_equal, strange, expected))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,6 +1,7 @@
 """From a checkpoint and a prompt to a dump directory: what `qwenref capture` does."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
@@ -24,6 +25,12 @@ from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
 from qwenref.model.weights import check_tensors, read_attention, read_embedding
 from qwenref.oracle import computing
 from qwenref.stages import ATTENTION, EMBEDDING, Stage
+
+NO_RESIDUAL = {stage.name for stage in ATTENTION} | {
+    *("post_attn_residual", "ffn_norm", "ffn_gate", "ffn_up", "ffn_silu", "ffn_swigl", "ffn_out"),
+    *("final_norm", "lm_head"),
+}
+"""Stages that `apr trace` dumps (0.72.3) and no layer is entered by."""
 
 
 class Captured(NamedTuple):
@@ -179,18 +186,16 @@ def _start(
 def _read_residual(path: Path, layer: int, D: int, tokens: list[int] | None) -> Aprt:
     """Read the residual stream [T, D] that enters `layer` from another engine's dump."""
     found = read_aprt(path)
-    before = (layer - 1,) if layer else ()  # its output is what enters this one
-    marks = {
-        "embedding": () if layer else (0,),
-        "post_ffn_residual": before,
-        **{stage.name: () for stage in ATTENTION},
-    }.get(path.stem, (*before, layer))
-    if found.layer not in marks:
+    name = re.sub(r"^layer_\d+_", "", path.stem)
+    wanted = ("post_ffn_residual", layer - 1) if layer else ("embedding", 0)
+    right = found.layer in (layer, layer - 1)  # what leaves a layer enters the next
+    if name in ("embedding", "post_ffn_residual"):
+        right = (name, found.layer) == wanted
+    if name in NO_RESIDUAL or not right:
         marked = "the whole model" if found.layer is None else f"layer {found.layer}"
-        wanted = f"layer {layer - 1}'s post_ffn_residual" if layer else "the embedding"
         raise QwenrefError(
             f"{path}, marked as of {marked}, is not what enters layer {layer}; apr calls that "
-            f"{wanted}"
+            f"{wanted[0]} of layer {wanted[1]}"
         )
     T, rest = divmod(found.values.size, D)
     if rest or not T:

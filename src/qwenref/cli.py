@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from reprlib import repr as short
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -168,7 +169,7 @@ def capture(
     if json:
         typer.echo(done.manifest.to_json(), nl=False)
     elif not quiet:
-        typer.echo(_table(done))
+        typer.echo(_table(done, residual))
 
 
 def _prepare_for_jax(device: str) -> None:
@@ -194,13 +195,14 @@ def _progress(quiet: bool) -> Iterator[Callable[[str], object]]:
         yield status.update
 
 
-def _table(done: "Captured") -> str:
+def _table(done: "Captured", residual: Path | None) -> str:
     """Return what was written, one line a stage."""
     made = done.manifest
     first = made.stages[0]
     T = first.shape[first.axes.split().index("T")]
-    asked = "" if made.prompt is None else f" of {made.prompt!r}"
-    title = f"{made.model}, layer {first.layer}, {T} tokens{asked}, {made.dtype} on {made.device}"
+    start = "" if made.prompt is None else f" of {short(made.prompt)}"
+    start += "" if residual is None else f" entering from {residual}"
+    title = f"{made.model}, layer {first.layer}, {T} tokens{start}, {made.dtype} on {made.device}"
     rows = [("stage", "shape", "rms", "file")]
     rows += [
         (s.file.stage, str(s.file.shape), f"{s.rms:.3e}", str(done.directory / s.file.file))

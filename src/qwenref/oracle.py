@@ -110,7 +110,7 @@ def computing(dtype: str, device: str) -> Iterator[str]:
         chosen = jax.devices(None if device == "auto" else device)[0]
     except (RuntimeError, AssertionError) as error:  # AssertionError: JAX_PLATFORMS=tpu without one
         wanted = "device" if device == "auto" else device
-        found = str(error) or f"none of the platform {jax.config.jax_platforms}"
+        found = str(error) or f"none of the platform {jax.config.values['jax_platforms']}"
         raise QwenrefError(
             f"no {wanted} here; JAX finds: {found}; use --device cpu, or install the extra 'cuda' "
             "for a GPU"

@@ -116,5 +116,5 @@ def parse_layers(spec: str) -> tuple[int, ...]:
 def _suggestion(name: str) -> str:
     import difflib  # only a wrong name pays for it
 
-    nearest = difflib.get_close_matches(name, BY_NAME, n=1, cutoff=0)
+    nearest = difflib.get_close_matches(name.lower(), ("all", *BY_NAME), n=1, cutoff=0)
     return f"did you mean {nearest[0]!r}? {_CHOICE}"

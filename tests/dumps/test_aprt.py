@@ -1,5 +1,6 @@
 """APRT files: the bytes are the contract, so every expectation here is written by hand."""
 
+import errno
 import gc
 import os
 import random
@@ -477,14 +478,27 @@ def test_an_unfinished_file_never_reads_as_a_stage(path: Path, count: int) -> No
     refusal(path)
 
 
-def test_a_failed_write_leaves_no_file_open(path: Path) -> None:
+def test_a_failed_write_leaves_no_file_neither_open_nor_on_disk(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(AprtWriter, "write", full)
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        with pytest.raises(ValueError, match="could not convert"):
-            write_aprt(path, 0, np.array(["no number"]))
+        with pytest.raises(OSError, match="No space left"):
+            write_aprt(path, 0, np.ones(3))
         gc.collect()
     assert [str(warning.message) for warning in seen] == []
-    refusal(path)
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("values", [["no number"], [1j], [None]])
+def test_what_is_no_real_number_is_refused(path: Path, values: list) -> None:
+    with pytest.raises(QwenrefError, match=r"values of dtype .* do not fit an APRT file"):
+        write_aprt(path, 0, values)
+    assert not path.exists()
 
 
 def test_an_unwritable_place_is_an_oserror(tmp_path: Path) -> None:

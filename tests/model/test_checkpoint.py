@@ -92,11 +92,28 @@ def test_a_checkpoint_is_called_by_its_directory_or_file(
     single: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert Checkpoint(single).name == "single"
-    assert Checkpoint(single / SINGLE).name == "model"
+    assert Checkpoint(single / SINGLE).name == "single"
     shutil.copyfile(single / SINGLE, single / "my.v2.safetensors")
     assert Checkpoint(single / "my.v2.safetensors").name == "my.v2"
     monkeypatch.chdir(single)
     assert Checkpoint(Path()).name == "single"
+    assert Checkpoint(Path(SINGLE)).name == "single"
+
+
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [
+        ("models--Qwen--Qwen2.5-7B-Instruct/snapshots/a09a354", "Qwen2.5-7B-Instruct"),
+        ("models--mine/snapshots/1", "mine"),
+        ("experiments/snapshots/step-1000", "step-1000"),
+        ("my--tune", "my--tune"),
+    ],
+)
+def test_a_download_of_huggingface_hub_is_called_by_its_model(
+    single: Path, place: str, name: str
+) -> None:
+    (single.parent / place).parent.mkdir(parents=True, exist_ok=True)
+    assert Checkpoint(single.rename(single.parent / place)).name == name
 
 
 def test_the_name_can_be_printed_whatever_the_directory_is_called(single: Path) -> None:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 from blake3 import blake3
+from numpy.typing import ArrayLike
 
 from qwenref.errors import QwenrefError
 from qwenref.files import reason
@@ -137,7 +138,7 @@ class AprtWriter:
         return fingerprint_of(self.path)
 
 
-def write_aprt(path: str | Path, layer: int | None, values: np.ndarray) -> str:
+def write_aprt(path: str | Path, layer: int | None, values: ArrayLike) -> str:
     """Write a whole array as an APRT file that does not exist yet; return its fingerprint.
 
     Args:
@@ -146,12 +147,21 @@ def write_aprt(path: str | Path, layer: int | None, values: np.ndarray) -> str:
         values: Any shape, row-major; cast to float32.
 
     Raises:
-        QwenrefError: The size or `layer` does not fit its u32 field.
+        QwenrefError: The size or `layer` does not fit its u32 field, or the values are not real
+            numbers.
         OSError: The file cannot be written.
     """
-    with AprtWriter(path, layer, values.size) as writer:
-        writer.write(0, values)
-        return writer.finish()
+    array = np.asarray(values)
+    if not np.can_cast(array.dtype, np.float64, "same_kind"):
+        raise QwenrefError(f"values of dtype {array.dtype} do not fit an APRT file")
+    writer = AprtWriter(path, layer, array.size)
+    try:
+        with writer:
+            writer.write(0, array)
+            return writer.finish()
+    except BaseException:
+        writer.path.unlink()
+        raise
 
 
 def fingerprint_of(path: str | Path) -> str:

@@ -161,8 +161,12 @@ def _files_below(directory: Path) -> set[str]:
 
     A link counts as the file it is, and an empty sub-directory as itself.
     """
+
+    def refuse(error: OSError) -> None:
+        raise error  # else a folder that may not be read counts as empty
+
     found = set()
-    for folder, folders, files in os.walk(directory):
+    for folder, folders, files in os.walk(directory, onerror=refuse):
         here = Path(folder)
         if here == directory:
             folders[:] = [name for name in folders if name != PARTIAL]

@@ -39,7 +39,8 @@ class Checkpoint:
     """Configuration and tensors of one model directory or one .safetensors file.
 
     Attributes:
-        name: What to call it: the directory's name, or the file's without its ending.
+        name: What to call it: the directory's name, or that of a file given instead, without
+            its ending, unless it is "model" or a shard of it.
         directory: Where config.json and tokenizer.json lie.
         config: The checked configuration.
     """
@@ -68,7 +69,8 @@ class Checkpoint:
             self.name = _name(path.resolve())
         elif path.suffix == ".safetensors" and path.is_file():
             self.directory = path.parent
-            self.name = printable(path.stem)
+            generic = path.stem.startswith("model")  # as transformers calls all of them
+            self.name = _name(path.parent.resolve()) if generic else printable(path.stem)
         else:
             found = (
                 "is something else" if path.exists() else "does not exist (nothing is downloaded)"
@@ -131,9 +133,10 @@ class Checkpoint:
 
 def _name(directory: Path) -> str:
     """Return a directory's name, or NAME for models--ORG--NAME/snapshots/REVISION, a HF cache."""
-    if directory.parent.name == "snapshots":
-        directory = directory.parent.parent
-    return printable(directory.name.rpartition("--")[2]) or "model"
+    cache = directory.parent.parent.name
+    if directory.parent.name == "snapshots" and cache.startswith("models--"):
+        return printable(cache.rpartition("--")[2])
+    return printable(directory.name) or "model"
 
 
 def _opened(path: Path) -> safe_open:
@@ -147,9 +150,13 @@ def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="np")
     except (SafetensorError, OSError) as error:
-        with path.open("rb") as file:
-            if file.read(len(LFS_POINTER)) == LFS_POINTER:
-                raise QwenrefError(f"{path} is a Git LFS pointer: run git lfs pull") from error
+        try:
+            with path.open("rb") as file:
+                start = file.read(len(LFS_POINTER))
+        except OSError as refused:
+            raise QwenrefError(f"cannot read {path}: {reason(refused)}") from refused
+        if start == LFS_POINTER:
+            raise QwenrefError(f"{path} is a Git LFS pointer: run git lfs pull") from error
         raise QwenrefError(
             f"{path} is truncated or is no safetensors file: {reason(error)}"
         ) from error

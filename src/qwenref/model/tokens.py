@@ -65,7 +65,7 @@ def parse_tokens(spec: str) -> list[int]:
     if spec.startswith("@"):
         where = spec[1:]
         try:
-            spec = read_bounded(Path(where), LIMIT).decode()
+            spec = read_bounded(Path(where), LIMIT).decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise QwenrefError(f"{where} is not a text file of token ids") from error
     try:
