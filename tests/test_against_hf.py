@@ -22,6 +22,7 @@ from qwenref import chain
 from qwenref.chain import chain_pieces
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.precision import PRECISIONS
 from qwenref.model.weights import read_attention, read_embedding
 from qwenref.oracle import computing
 from qwenref.stages import ATTENTION
@@ -118,9 +119,10 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[int
     return drawn.write(tmp_path / "model"), drawn.prompt()
 
 
-def oracle(directory: Path) -> Attention:
+def oracle(directory: Path, dtype: str = "float32") -> Attention:
     checkpoint = Checkpoint(directory)
-    return Attention(checkpoint.config, read_attention(checkpoint, 0)[0])
+    weights, _ = read_attention(checkpoint, 0)
+    return Attention(checkpoint.config, weights, PRECISIONS[dtype])
 
 
 def assert_float32_stages_agree(directory: Path, tokens: list[int]) -> None:
@@ -129,7 +131,7 @@ def assert_float32_stages_agree(directory: Path, tokens: list[int]) -> None:
     with computing("float32", "cpu"):
         attention = oracle(directory)
         rows, _ = read_embedding(Checkpoint(directory), tokens)
-        for stage, _, values in chain_pieces(attention, rows, "float32", ATTENTION):
+        for stage, _, values in chain_pieces(attention, rows, ATTENTION):
             parts[stage.name].append(values)
     for stage in ATTENTION:
         ours = np.concatenate(parts[stage.name], axis=stage.axes.index("T"))
@@ -155,7 +157,7 @@ def replay_errors(directory: Path, tokens: list[int]) -> dict[str, float]:
     theirs = stages_of(load(directory, "float64"), tokens, [0])[0]
     assert {array.dtype for array in theirs.values()} == {np.dtype(np.float64)}
     with computing("float64", "cpu"):
-        attention = oracle(directory)
+        attention = oracle(directory, "float64")
         sizes = attention.config.sizes
         return {
             stage.name: worst(

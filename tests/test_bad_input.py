@@ -129,7 +129,7 @@ def test_an_unknown_stage_and_the_nearest(refused: Refused, wrong: str, right: s
 @pytest.mark.parametrize(
     ("option", "value", "choices"),
     [
-        ("--dtype", "float16", ("float32", "float64")),
+        ("--dtype", "float8", ("float32", "float64", "bfloat16", "float16")),
         ("--dtype", "", ("float32", "float64")),
         ("--dtype", "Float32", ("float32", "float64")),
         ("--device", "tpu", ("auto", "cpu", "gpu")),

@@ -12,6 +12,7 @@ from helpers import TINY
 
 import qwenref
 from qwenref.dumps.layout import LAYOUTS
+from qwenref.model.precision import PRECISIONS
 from qwenref.stages import ATTENTION
 
 TOKENS = [1, 2, 3, 5]
@@ -30,7 +31,7 @@ def test_every_public_name_is_there_whichever_modules_are_loaded() -> None:
         _ = qwenref.no_such_name
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", PRECISIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_run_returns_the_nine_stages_with_the_stated_axes_and_dtype(
     dtype: str, layout: str
@@ -39,7 +40,7 @@ def test_run_returns_the_nine_stages_with_the_stated_axes_and_dtype(
     assert stages._fields == tuple(stage.name for stage in ATTENTION)
     for stage, array in zip(ATTENTION, stages, strict=True):
         assert array.shape == tuple(SIZES[axis] for axis in LAYOUTS[layout].axes(stage))
-        assert array.dtype == np.dtype(dtype)
+        assert array.dtype == np.dtype(PRECISIONS[dtype].arithmetic)
         assert np.isfinite(array).all()
 
 
@@ -82,7 +83,7 @@ def test_run_works_however_the_caller_has_configured_jax() -> None:
     [
         ({"tokens": []}, "no tokens"),
         ({"tokens": [320]}, "token id 320 is out of range: this checkpoint has ids 0 to 319"),
-        ({"dtype": "bfloat16"}, "cannot compute in dtype 'bfloat16', only in float32 or float64"),
+        ({"dtype": "half"}, "unknown dtype 'half'; dtypes are float32, float64, bfloat16, float16"),
         ({"device": "tpu"}, "unknown device 'tpu'"),
         ({"layout": "nchw"}, "unknown layout 'nchw'"),
     ],

@@ -277,8 +277,9 @@ def test_sub_005_fewer_stages_never_change_the_values_of_the_others(
         assert captured(cli, names) == {name: everything[name] for name in names}
 
 
-def test_sub_005_holds_in_float64_and_in_the_other_layout(cli: Cli) -> None:
-    options = ("--dtype", "float64", "--layout", "hf", "--tokens", "87,104,97")
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_sub_005_holds_in_every_dtype_and_in_the_other_layout(dtype: str, cli: Cli) -> None:
+    options = ("--dtype", dtype, "--layout", "hf", "--tokens", "87,104,97")
     everything = captured(cli, NINE, *options)
     for names in itertools.combinations(NINE[3:], 2):
         assert captured(cli, names, *options) == {name: everything[name] for name in names}

@@ -77,7 +77,7 @@ def capture(
         prompt: The text; `DEFAULT_PROMPT` if neither it nor `tokens` nor `residual` is given.
         tokens: The token ids, instead of `prompt`.
         stages: What to write.
-        dtype: "float32" or "float64": what to compute in. The files hold float32.
+        dtype: Which engine to be, of `qwenref.model.precision.PRECISIONS`. The files hold float32.
         device: "auto", "cpu" or "gpu".
         layout: "apr" or "hf", see `qwenref.dumps.layout`.
         residual: An APRT file [T, D]: the residual stream that enters the layer.
@@ -101,14 +101,17 @@ def capture(
     check_tensors(checkpoint, layer, embedding=start.stream is None)
     output = output or Path(f"{checkpoint.name}-qwenref")
 
-    with computing(dtype, device) as taken, new_dump(output, force=force) as folder:
+    with (
+        computing(dtype, device) as (precision, taken),
+        new_dump(output, force=force) as folder,
+    ):
         progress(f"reading the weights of layer {layer}")
         weights, weights_print = read_attention(checkpoint, layer)
         if start.stream is None:
             rows, rows_print = read_embedding(checkpoint, start.tokens)
         else:
             rows, rows_print = start.stream.values.reshape(T, -1), None
-        pieces = chain_pieces(Attention(config, weights), rows, dtype, stages)
+        pieces = chain_pieces(Attention(config, weights, precision), rows, stages)
         progress("compiling")
         with ExitStack() as files:
             writers: dict[Stage, StageWriter] = {}

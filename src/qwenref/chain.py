@@ -40,7 +40,7 @@ Computed = tuple[Stage, Span, Any]
 
 
 def chain_pieces(
-    attention: Attention, residual: np.ndarray, dtype: str, wanted: Collection[Stage]
+    attention: Attention, residual: np.ndarray, wanted: Collection[Stage]
 ) -> Iterator[Piece]:
     """Compute the wanted stages, and no others than they need; yield them piece by piece.
 
@@ -49,26 +49,27 @@ def chain_pieces(
 
     Args:
         attention: The layer.
-        residual: The stream that enters it, [T, D], in a dtype that widens to `dtype`.
-        dtype: What to compute in.
+        residual: The stream that enters it, [T, D], in a dtype that widens to the layer's.
         wanted: Stages of `qwenref.stages.ALL`; `EMBEDDING` is `residual` itself.
     """
-    for stage, span, array in _computed(attention, residual, dtype, needed_for(wanted)):
+    for stage, span, array in _computed(attention, residual, needed_for(wanted)):
         if stage in wanted:
+            if stage.name == "qkv_matmul":
+                array = attention.dumped_qkv_matmul(array)
             new = *([slice(None)] * stage.axes.index("T")), slice(span.first - span.start, None)
             yield Piece(stage, span.first, np.asarray(array)[new])
 
 
 def _computed(
-    attention: Attention, residual: np.ndarray, dtype: str, chain: Sequence[Stage]
+    attention: Attention, residual: np.ndarray, chain: Sequence[Stage]
 ) -> Iterator[Computed]:
     """Compute a chain for one block of tokens after the other.
 
     Between blocks only the keys and values that queries look at are kept. They are made before all
     else, so that the projections of a long prompt are computed twice.
     """
-    sizes, T = attention.config.sizes, len(residual)
-    most = PIECE_BYTES // np.dtype(dtype).itemsize
+    sizes, T, dtype = attention.config.sizes, len(residual), np.dtype(attention.dtype)
+    most = PIECE_BYTES // dtype.itemsize
     blocks = _spans(0, T, most // sizes["F"])
     projections = list(takewhile(lambda stage: not stage.sliced, chain))
     sliced = [stage for stage in chain if stage.sliced]
@@ -77,7 +78,7 @@ def _computed(
     @lru_cache(maxsize=1)  # a short prompt is one block
     def projected(block: Span) -> Arrays:
         rows = residual[block.start : block.stop].astype(dtype)
-        arrays: Arrays = {RESIDUAL: jax.device_put(rows)}
+        arrays: Arrays = {RESIDUAL: attention.residual(rows)}
         for stage in projections:
             arrays[stage.name] = _value(attention, stage, arrays, block)
         return arrays
@@ -107,7 +108,7 @@ def _keys_and_values(
     blocks: Sequence[Span],
     projected: Callable[[Span], Arrays],
     sizes: Mapping[str, int],
-    dtype: str,
+    dtype: np.dtype,
 ) -> Arrays:
     """Return what queries look at, [T, K, H] and [T, K*H], under the names they are computed from.
 

@@ -107,7 +107,11 @@ def capture(
         str, typer.Option(metavar="all|A,B", help="Stages to write; also: embedding.")
     ] = "all",
     dtype: Annotated[
-        str, typer.Option(metavar="float32|float64", help="What to compute in.")
+        str,
+        typer.Option(
+            metavar="DTYPE",
+            help="float32, float64; bfloat16, float16: rounding where transformers rounds.",
+        ),
     ] = "float32",
     device: Annotated[
         str, typer.Option(metavar="auto|cpu|gpu", help="What to compute on.")

@@ -14,10 +14,10 @@ from qwenref.dumps.layout import layout_named
 from qwenref.errors import QwenrefError
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.precision import PRECISIONS, Precision
 from qwenref.model.weights import check_tensors, read_attention, read_embedding
 from qwenref.stages import ATTENTION
 
-DTYPES = ("float32", "float64")
 DEVICES = ("auto", "cpu", "gpu")
 
 
@@ -61,7 +61,9 @@ def run(
     Args:
         model_dir: A checkpoint directory, or one .safetensors file with config.json beside it.
         tokens: The prompt's token ids, at least one; a list, or a one-dimensional array.
-        dtype: "float32" or "float64": what to compute in, and the dtype of the arrays returned.
+        dtype: Which engine to be, of `qwenref.model.precision.PRECISIONS`. The arrays returned are
+            float64 for "float64", else float32, with values rounded as a bfloat16 or float16
+            engine rounds them.
         device: "auto", "cpu" or "gpu".
         layout: "apr" or "hf", see `Stages`.
 
@@ -73,14 +75,16 @@ def run(
     checkpoint = Checkpoint(Path(model_dir))
     checkpoint.config.refuse_window(0, len(tokens))
     check_tensors(checkpoint, 0, embedding=True)
-    with computing(dtype, device):
+    with computing(dtype, device) as (precision, _):
         weights, _ = read_attention(checkpoint, 0)
         rows, _ = read_embedding(checkpoint, tokens)
-        attention = Attention(checkpoint.config, weights)
+        attention = Attention(checkpoint.config, weights, precision)
         sizes = checkpoint.config.sizes | {"T": len(rows), "S": len(rows)}
         shapes = {s.name: [sizes[axis] for axis in arrange.axes(s)] for s in ATTENTION}
-        arrays = Stages(**{name: np.empty(shape, dtype) for name, shape in shapes.items()})
-        for stage, first, values in chain_pieces(attention, rows, dtype, ATTENTION):
+        arrays = Stages(
+            **{name: np.empty(shape, precision.arithmetic) for name, shape in shapes.items()}
+        )
+        for stage, first, values in chain_pieces(attention, rows, ATTENTION):
             flat = getattr(arrays, stage.name).reshape(-1)
             for start, part in arrange.runs(stage, values, first, len(rows)):
                 flat[start : start + part.size] = part.reshape(-1)
@@ -95,15 +99,20 @@ def _whole_numbers(tokens: Iterable[SupportsIndex]) -> list[int]:
 
 
 @contextmanager
-def computing(dtype: str, device: str) -> Iterator[str]:
-    """Set JAX up to compute in `dtype` on `device` within the block; name the device it took.
+def computing(dtype: str, device: str) -> Iterator[tuple[Precision, str]]:
+    """Set JAX up to compute within the block; give the precision, and name the device it took.
+
+    Args:
+        dtype: Of `PRECISIONS`.
+        device: "auto", "cpu" or "gpu".
 
     Raises:
         QwenrefError: The dtype or the device is unknown, the device is absent, or its memory does
             not suffice.
     """
-    if dtype not in DTYPES:
-        raise QwenrefError(f"cannot compute in dtype {dtype!r}, only in {' or '.join(DTYPES)}")
+    if dtype not in PRECISIONS:
+        raise QwenrefError(f"unknown dtype {dtype!r}; dtypes are {', '.join(PRECISIONS)}")
+    precision = PRECISIONS[dtype]
     if device not in DEVICES:
         raise QwenrefError(f"unknown device {device!r}; devices are {', '.join(DEVICES)}")
     try:
@@ -118,11 +127,11 @@ def computing(dtype: str, device: str) -> Iterator[str]:
     try:
         with (
             jax.default_device(chosen),
-            jax.enable_x64(dtype == "float64"),
+            jax.enable_x64(precision.arithmetic == "float64"),
             jax.numpy_rank_promotion("allow"),  # whatever the caller chose for his own code
             jax.transfer_guard("allow"),
         ):
-            yield chosen.platform if chosen.platform == "cpu" else chosen.device_kind
+            yield precision, "cpu" if chosen.platform == "cpu" else chosen.device_kind
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
             raise QwenrefError(

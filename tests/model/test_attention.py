@@ -20,6 +20,7 @@ from qwenref.chain import chain_pieces
 from qwenref.dumps.manifest import UsedConfig
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.precision import PRECISIONS
 from qwenref.model.weights import EMBEDDING, attention_tensors, read_attention, read_embedding
 from qwenref.oracle import Stages, computing
 from qwenref.stages import ATTENTION
@@ -191,13 +192,14 @@ def test_without_biases_qkv_bias_is_qkv_matmul(model: Path) -> None:
 @pytest.fixture(scope="module")
 def attention() -> Iterator[Attention]:
     with computing("float32", "cpu"):
-        yield Attention(CONFIG, read_attention(Checkpoint(TINY), 0)[0])
+        weights, _ = read_attention(Checkpoint(TINY), 0)
+        yield Attention(CONFIG, weights, PRECISIONS["float32"])
 
 
 @pytest.fixture(scope="module")
 def values(attention: Attention) -> dict[str, np.ndarray]:
     rows, _ = read_embedding(Checkpoint(TINY), TOKENS)
-    pieces = list(chain_pieces(attention, rows, "float32", ATTENTION))
+    pieces = list(chain_pieces(attention, rows, ATTENTION))
     assert len(pieces) == len(ATTENTION)  # one piece each
     return {"residual": rows.astype(np.float32)} | {stage.name: array for stage, _, array in pieces}
 
@@ -273,9 +275,9 @@ def test_a_prompt_in_pieces_gives_what_it_gives_in_one(
     piece: int, cut: tuple[int, int], attention: Attention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, _ = read_embedding(Checkpoint(TINY), range(30))
-    expected = list(chain_pieces(attention, rows, "float32", ATTENTION))
+    expected = list(chain_pieces(attention, rows, ATTENTION))
     monkeypatch.setattr(chain, "PIECE_BYTES", piece)
-    pieces = list(chain_pieces(attention, rows, "float32", ATTENTION))
+    pieces = list(chain_pieces(attention, rows, ATTENTION))
     for stage, _, whole in expected:
         parts = [values for name, _, values in pieces if name == stage]
         assert len(parts) == cut[stage.sliced]

@@ -1,8 +1,8 @@
 """Qwen2.5 attention, one pure method per stage of `qwenref.stages.ATTENTION`.
 
 A method takes the arrays that the stage table says its stage is computed from, and nothing else
-changes its result but the weights and the configuration: the same method computes a stage of our
-own chain and replays it on another engine's arrays. Each method is compiled by itself, once per
+changes its result but weights, configuration and precision: the same method computes a stage of
+our own chain and replays it on another engine's arrays. Each method is compiled by itself, once per
 shape, so that a stage has the same bits whichever other stages are asked for.
 
 Formulas: Qwen2.5 technical report (arXiv 2412.15115), RMSNorm (arXiv 1910.07467), rotary embedding
@@ -13,11 +13,12 @@ of them, and S keys from position 0 on.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from numpy.typing import DTypeLike
 
 from qwenref.model.config import Config
+from qwenref.model.precision import POINTS, Precision, rounded
 from qwenref.model.weights import AttentionWeights
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -27,20 +28,23 @@ Position = int | Int[Array, ""]
 
 
 class Attention(nnx.Module):
-    """One layer's attention, computing in the dtype of the arrays that its methods are given.
+    """One layer's attention. All arrays have the dtype of the precision's arithmetic.
 
     Weights keep their stored dtype (bf16, f16 or f32) and are widened, exactly, where they are
     used: one matrix at a time exists in the wider dtype.
     """
 
-    def __init__(self, config: Config, weights: AttentionWeights):
+    def __init__(self, config: Config, weights: AttentionWeights, precision: Precision):
         """Put the weights on JAX's default device.
 
         Args:
             config: Sizes, eps and theta.
             weights: As `qwenref.model.weights.read_attention` returns them.
+            precision: What to compute in and what to round.
         """
         self.config = config
+        self.dtype = precision.arithmetic
+        self.formats = jax.device_put(precision.codes) if precision.formats else None
         self.norm = nnx.Param(jax.device_put(weights.norm))
         self.q_proj = nnx.Param(jax.device_put(weights.q_proj))
         self.k_proj = nnx.Param(jax.device_put(weights.k_proj))
@@ -54,20 +58,21 @@ class Attention(nnx.Module):
         """RMSNorm: x / sqrt(mean(x**2) + eps) * w."""
         mean_square = jnp.mean(jnp.square(residual), axis=-1, keepdims=True)
         normed = residual * jax.lax.rsqrt(mean_square + self.config.rms_norm_eps)
-        return normed * _widened(self.norm, residual.dtype)
+        normed = self._rounded("normed", normed)
+        return self._rounded("attn_norm", normed * self._widened(self.norm))
 
     @jax.jit
     def qkv_matmul(self, attn_norm: Float[Array, "T D"]) -> Float[Array, "T F"]:
-        """The three projections before their biases: q, k, v side by side."""
+        """The three projections before their biases: q, k, v side by side, not rounded yet."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        return jnp.concatenate([_projected(attn_norm, w) for w in projections], axis=-1)
+        return jnp.concatenate([self._projected(attn_norm, w) for w in projections], axis=-1)
 
     @jax.jit
     def qkv_bias(self, qkv_matmul: Float[Array, "T F"]) -> Float[Array, "T F"]:
         """The projections with their biases added; unchanged in a checkpoint that has none."""
-        if not self.biases:
-            return qkv_matmul
-        return qkv_matmul + jnp.concatenate([_widened(b, qkv_matmul.dtype) for b in self.biases])
+        if self.biases:
+            qkv_matmul += jnp.concatenate([self._widened(bias) for bias in self.biases])
+        return self._rounded("qkv_bias", qkv_matmul)
 
     @jax.jit
     def q_post_rope(
@@ -75,7 +80,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "T N H"]:
         """The query heads, rotated; `first` is the position of the first token given."""
         N = self.config.num_attention_heads
-        return self._rotated(self._heads(qkv_bias)[:, :N], first)
+        rotated = self._rotated(self._heads(qkv_bias)[:, :N], first)
+        return self._rounded("q_post_rope", rotated)
 
     @jax.jit
     def k_post_rope(
@@ -83,7 +89,8 @@ class Attention(nnx.Module):
     ) -> Float[Array, "T K H"]:
         """The key heads, rotated, before they are shared among query heads."""
         N, K = self.config.num_attention_heads, self.config.num_key_value_heads
-        return self._rotated(self._heads(qkv_bias)[:, N : N + K], first)
+        rotated = self._rotated(self._heads(qkv_bias)[:, N : N + K], first)
+        return self._rounded("k_post_rope", rotated)
 
     @jax.jit
     def attn_scores(
@@ -100,7 +107,8 @@ class Attention(nnx.Module):
         S, K, _ = k_post_rope.shape
         q = q_post_rope.reshape(T, K, N // K, H)
         products = jnp.einsum("TKGH,SKH->KGTS", q, k_post_rope, precision=EXACT)
-        return products.reshape(N, T, S) * H**-0.5
+        products = self._rounded("products", products.reshape(N, T, S))
+        return self._rounded("attn_scores", products * H**-0.5)
 
     @jax.jit
     def attn_softmax(
@@ -112,7 +120,8 @@ class Attention(nnx.Module):
         """
         _, T, S = attn_scores.shape
         visible = jnp.arange(S) <= first + jnp.arange(T)[:, None]
-        return jax.nn.softmax(attn_scores, axis=-1, where=visible)
+        softmax = jax.nn.softmax(attn_scores, axis=-1, where=visible)
+        return self._rounded("attn_softmax", softmax)
 
     @jax.jit
     def attention(
@@ -130,12 +139,22 @@ class Attention(nnx.Module):
         v = self._heads(qkv_bias)[:, -K:]
         p = attn_softmax.reshape(K, N // K, T, S)
         mixed = jnp.einsum("KGTS,SKH->TKGH", p, v, precision=EXACT)
-        return mixed.reshape(T, -1)
+        return self._rounded("attention", mixed.reshape(T, -1))
 
     @jax.jit
     def attn_out(self, attention: Float[Array, "T E"]) -> Float[Array, "T D"]:
         """The output projection; it has no bias. The residual is not added yet."""
-        return _projected(attention, self.o_proj)
+        return self._rounded("attn_out", self._projected(attention, self.o_proj))
+
+    @jax.jit
+    def residual(self, rows: Float[Array, "T D"]) -> Float[Array, "T D"]:
+        """The stream that enters the layer, as this precision holds it."""
+        return self._rounded("stored", rows)
+
+    @jax.jit
+    def dumped_qkv_matmul(self, qkv_matmul: Float[Array, "T F"]) -> Float[Array, "T F"]:
+        """What a dump shows of the projections before their biases: only there are they rounded."""
+        return self._rounded("qkv_matmul", qkv_matmul)
 
     def _heads(self, qkv: Float[Array, "T F"]) -> Float[Array, "T J H"]:
         """Return the N query heads, K key heads and K value heads of each token."""
@@ -145,20 +164,26 @@ class Attention(nnx.Module):
         """Rotate each pair (i, i + H/2) by position * theta**(-2i/H).
 
         Frequencies and angles are made in the dtype of `x`, power before reciprocal, as engines
-        make them: in float32 an angle is off by about position * 6e-8 rad.
+        make them: in float32 an angle is off by about position * 6e-8 rad. The power is taken in
+        float64 and rounded, since XLA's float32 one is wrong by an ulp for a third of them.
         """
         T, _, H = x.shape
-        exponents = jnp.arange(0, H, 2, dtype=x.dtype) / H
-        frequencies = 1 / self.config.rope_theta**exponents
-        angles = (first + jnp.arange(T)).astype(x.dtype)[:, None, None] * frequencies
-        cos, sin = jnp.cos(angles), jnp.sin(angles)
+        exponents = np.arange(0, H, 2, dtype=x.dtype) / x.dtype.type(H)
+        powers = np.power(self.config.rope_theta, exponents, dtype=np.float64).astype(x.dtype)
+        angles = (first + jnp.arange(T)).astype(x.dtype)[:, None, None] * (1 / powers)
+        cos, sin = (self._rounded("cos_sin", f(angles)) for f in (jnp.cos, jnp.sin))
         left, right = jnp.split(x, 2, axis=-1)
-        return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1)
+        across = jnp.concatenate([-right, left], axis=-1) * jnp.concatenate([sin, sin], axis=-1)
+        along = x * jnp.concatenate([cos, cos], axis=-1)
+        return self._rounded("rotated", along) + self._rounded("rotated", across)
 
+    def _projected(self, x: Float[Array, "T I"], weight: nnx.Param) -> Float[Array, "T O"]:
+        return jnp.einsum("TI,OI->TO", x, self._widened(weight), precision=EXACT)
 
-def _widened(weight: nnx.Param, dtype: DTypeLike) -> Array:
-    return weight[...].astype(dtype)
+    def _widened(self, weight: nnx.Param) -> Array:
+        return self._rounded("stored", weight[...].astype(self.dtype))
 
-
-def _projected(x: Float[Array, "T I"], weight: nnx.Param) -> Float[Array, "T O"]:
-    return jnp.einsum("TI,OI->TO", x, _widened(weight, x.dtype), precision=EXACT)
+    def _rounded(self, point: str, x: Array) -> Array:
+        if self.formats is None:  # plain arithmetic pays nothing for rounding
+            return x
+        return rounded(x, self.formats[POINTS.index(point)])

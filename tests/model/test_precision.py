@@ -1,0 +1,103 @@
+"""Rounding against the casts of NumPy and ml_dtypes, bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from qwenref.model.precision import FORMATS, POINTS, PRECISIONS, Precision, rounded
+
+CASTS = {
+    "exact": np.float32,
+    "float16": np.float16,
+    "bfloat16": ml_dtypes.bfloat16,
+}
+RNG = np.random.default_rng(0)
+
+
+def halfway(dtype: type) -> np.ndarray:
+    """Return what lies exactly between neighbours of a 16-bit format, and those neighbours."""
+    values = np.arange(1 << 16, dtype=np.uint16).view(dtype)
+    with np.errstate(invalid="ignore"):
+        values = values.astype(np.float64)
+    values = np.sort(values[np.isfinite(values)])
+    return np.concatenate([values, (values[1:] + values[:-1]) / 2])
+
+
+VALUES = {
+    "any bits": RNG.integers(0, 1 << 32, 1 << 20).astype(np.uint32).view(np.float32),
+    "around float16": (RNG.standard_normal(1 << 19) * np.exp(RNG.uniform(-20, 12, 1 << 19))).astype(
+        np.float32
+    ),
+    "ties of float16": halfway(np.float16).astype(np.float32),
+    "ties of bfloat16": halfway(ml_dtypes.bfloat16).astype(np.float32),
+    "edges": np.array(
+        [
+            *(0, -0.0, 65504, 65519.996, 65520, -65520, 1e30, np.nan, np.inf, -np.inf),
+            *(2**-24, 2**-25, 1.5 * 2**-24, 6.1e-5),
+        ],
+        np.float32,
+    ),
+}
+
+
+def same_bits(ours: np.ndarray, cast: np.ndarray) -> bool:
+    nan = np.isnan(ours) & np.isnan(cast)
+    return bool(np.all(nan | ((ours == cast) & (np.signbit(ours) == np.signbit(cast)))))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_float32_is_rounded_as_a_cast_rounds(name: str, values: np.ndarray) -> None:
+    with np.errstate(invalid="ignore"):
+        expected = values.astype(CASTS[name]).astype(np.float32)
+    code = jnp.int32(list(FORMATS).index(name))
+    assert same_bits(np.asarray(jax.jit(rounded)(values, code)), expected)
+
+
+def test_probabilities_below_the_normal_float16_survive() -> None:
+    values = np.exp(RNG.uniform(np.log(2**-26), np.log(6.2e-5), 100_000)).astype(np.float32)
+    expected = values.astype(np.float16)
+    assert np.count_nonzero(expected) > 90_000
+    ours = np.asarray(jax.jit(rounded)(values, jnp.int32(list(FORMATS).index("float16"))))
+    assert np.array_equal(ours, expected.astype(np.float32))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_float64_is_rounded_once_not_through_float32() -> None:
+    near_ties = halfway(np.float16) * (1 + 2**-40)
+    values = np.concatenate([near_ties, -near_ties, VALUES["around float16"].astype(np.float64)])
+    with np.errstate(invalid="ignore"):
+        expected = values.astype(np.float16).astype(np.float64)
+        through = values.astype(np.float32).astype(np.float16).astype(np.float64)
+    assert np.count_nonzero(expected != through) > 10_000
+    with jax.enable_x64(True):
+        code = jnp.int32(list(FORMATS).index("float16"))
+        assert same_bits(np.asarray(jax.jit(rounded)(values, code)), expected)
+        exact = jax.jit(rounded)(values, jnp.int32(0))
+        assert same_bits(np.asarray(exact), values)
+
+
+def test_all_formats_share_one_compiled_program() -> None:
+    traced = []
+
+    @jax.jit
+    def counted(x: jax.Array, code: jax.Array) -> jax.Array:
+        traced.append(code)
+        return rounded(x, code)
+
+    third = jnp.float32(1 / 3)
+    results = {float(counted(third, jnp.int32(code))) for code in range(len(FORMATS))}
+    assert len(results) == len(FORMATS)
+    assert len(traced) == 1
+
+
+def test_a_precision_names_points_that_exist() -> None:
+    for precision in PRECISIONS.values():
+        assert set(precision.formats) <= set(POINTS)
+        assert set(precision.formats.values()) <= set(FORMATS)
+    assert Precision("float32", {"attn_norm": "float16"}).codes.tolist() == [
+        list(FORMATS).index("float16") if point == "attn_norm" else 0 for point in POINTS
+    ]

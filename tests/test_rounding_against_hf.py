@@ -1,0 +1,189 @@
+"""bfloat16 and float16 against the real Qwen2ForCausalLM in that dtype, value by value.
+
+Every stage is replayed from transformers' own inputs (qkv_bias from attn_norm, since the rounding
+of qkv_matmul exists in dumps alone), so that what remains is the order of float32 sums.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+import pytest
+from capture_hf import Arrays, load, stages_of
+from helpers import TINY, Cli
+from make_tiny_checkpoint import Shape, write
+from safetensors.numpy import load_file, save_file
+
+import qwenref
+from qwenref.model.attention import Attention
+from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.precision import POINTS, PRECISIONS, Precision
+from qwenref.model.weights import read_attention
+from qwenref.oracle import computing
+from qwenref.stages import ATTENTION
+
+DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+NAMES = [stage.name for stage in ATTENTION]
+BASE = Shape(84, 6, 2, 16, 1, 320, seed=1)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random checkpoint, how its weights are stored, and how many tokens it is given."""
+
+    shape: Shape
+    stored: str
+    tokens: int
+
+
+CASES = {
+    "plain": Case(BASE, "bfloat16", 65),
+    "float32 weights": Case(replace(BASE, seed=2), "float32", 12),
+    "K=N": Case(Shape(60, 5, 5, 16, 1, 320, seed=3), "bfloat16", 7),
+    "K=1, N*H>D": Case(Shape(96, 5, 1, 16, 1, 320, head_dim=26, seed=4), "float16", 33),
+    "G=5, theta 1e4": Case(Shape(320, 10, 2, 16, 1, 320, rope_theta=1e4, seed=5), "float32", 65),
+    "D=896": Case(Shape(896, 14, 2, 16, 1, 320, seed=6), "bfloat16", 65),
+    "T=1": Case(replace(BASE, seed=7), "float32", 1),
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[int]]]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    made = {"bundled": (TINY, [87, 104, 97, 116, 32, 105, 115, 32, 50, 43, 50, 63])}
+    for name, case in CASES.items():
+        write(folder / name, case.shape, dtype=case.stored)
+        rng = np.random.default_rng(case.tokens)
+        made[name] = folder / name, rng.integers(0, 320, case.tokens).tolist()
+    return made
+
+
+def replayed(directory: Path, precision: Precision, theirs: Arrays) -> Arrays:
+    """Return each stage as our method computes it from transformers' inputs."""
+    checkpoint = Checkpoint(directory)
+    with computing(precision.arithmetic, "cpu"):
+        weights, _ = read_attention(checkpoint, 0)
+        attention = Attention(checkpoint.config, weights, precision)
+        inputs = {name: array.astype(precision.arithmetic) for name, array in theirs.items()}
+        ours = {}
+        for stage in ATTENTION:
+            given = [inputs[name] for name in stage.computed_from]
+            if stage.name == "qkv_bias":
+                given = [attention.qkv_matmul(inputs["attn_norm"])]
+            ours[stage.name] = getattr(attention, stage.name)(*given)
+        ours["qkv_matmul"] = attention.dumped_qkv_matmul(ours["qkv_matmul"])
+        return {name: np.asarray(array) for name, array in ours.items()}
+
+
+def steps(ours: np.ndarray, theirs: np.ndarray, dtype: type) -> np.ndarray:
+    """Return how many neighbouring values of a 16-bit format lie between two arrays of it."""
+
+    def position(values: np.ndarray) -> np.ndarray:
+        narrow = values.astype(dtype)
+        assert np.array_equal(narrow.astype(values.dtype), values, equal_nan=True)
+        bits = narrow.view(np.int16).astype(np.int32)
+        return np.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    both_nan = np.isnan(ours) & np.isnan(theirs)
+    return np.where(both_nan, 0, np.abs(position(ours) - position(theirs)))
+
+
+class Replay(NamedTuple):
+    """One stage of one checkpoint: theirs, ours, and ours with float64 sums, rounded alike.
+
+    `slack` is how far a float32 sum may be off, where a result near zero has finer steps than that.
+    """
+
+    theirs: np.ndarray
+    ours: np.ndarray
+    exact: np.ndarray
+    slack: np.ndarray | float = 0.0
+
+
+@pytest.fixture(scope="module")
+def replays(checkpoints: dict[str, tuple[Path, list[int]]]) -> Callable[[str], dict]:
+    @cache
+    def of(dtype: str) -> dict[str, list[Replay]]:
+        found: dict[str, list[Replay]] = {name: [] for name in NAMES}
+        for directory, tokens in checkpoints.values():
+            theirs = stages_of(load(directory, dtype), tokens, [0])[0]
+            precision = PRECISIONS[dtype]
+            ours = replayed(directory, precision, theirs)
+            exact = replayed(directory, replace(precision, arithmetic="float64"), theirs)
+            q, k = (
+                np.abs(theirs[name]).astype(np.float64) for name in ("q_post_rope", "k_post_rope")
+            )
+            G, H = q.shape[1] // k.shape[1], q.shape[2]
+            terms = np.einsum("TNH,SNH->NTS", q, k.repeat(G, axis=1)) * H**-0.5
+            slack = {"attn_scores": H * 2.0**-24 * terms}
+            for name in NAMES:
+                replay = Replay(theirs[name], ours[name], exact[name], slack.get(name, 0.0))
+                found[name].append(replay)
+        return found
+
+    return of
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stage_is_that_of_transformers_bit_for_bit(
+    name: str, dtype: str, replays: Callable[[str], dict[str, list[Replay]]]
+) -> None:
+    apart = [steps(r.ours, r.theirs, DTYPES[dtype]) for r in replays(dtype)[name]]
+    together = np.concatenate([part.ravel() for part in apart])
+    assert np.mean(together == 0) >= 0.99
+    assert np.mean(together > 1) <= 1e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", NAMES)
+def test_what_differs_is_a_float32_sum_on_either_side_of_a_tie(
+    name: str, dtype: str, replays: Callable[[str], dict[str, list[Replay]]]
+) -> None:
+    for theirs, ours, exact, slack in replays(dtype)[name]:
+        low, high = np.minimum(ours, theirs) - slack, np.maximum(ours, theirs) + slack
+        # of neighbours, one is what the sum in float64 rounds to
+        assert np.all((ours == theirs) | ((low <= exact) & (exact <= high)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("point", POINTS)
+def test_no_rounding_point_can_be_left_out(
+    point: str, dtype: str, checkpoints: dict[str, tuple[Path, list[int]]]
+) -> None:
+    directory, tokens = checkpoints["float32 weights"]
+    theirs = stages_of(load(directory, dtype), tokens, [0])[0]
+    formats = {name: dtype for name in POINTS if name != point}
+    ours = replayed(directory, Precision("float32", formats), theirs)
+    assert min(np.mean(ours[name] == theirs[name]) for name in NAMES) < 0.97
+
+
+def test_float16_overflows_where_transformers_does(tmp_path: Path, cli: Cli) -> None:
+    model = tmp_path / "model"
+    write(model, BASE, dtype="float32")
+    tensors = load_file(model / "model.safetensors")
+    for name in tensors:
+        if name.endswith(("q_proj.bias", "k_proj.bias")):
+            tensors[name] *= 60
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    tokens = [3, 1, 4, 1, 5]
+    theirs = stages_of(load(model, "float16"), tokens, [0])[0]
+    ours = qwenref.run(model, tokens, dtype="float16", layout="hf")
+    infinite = np.isinf(theirs["attn_scores"])
+    assert infinite.any()
+    assert np.array_equal(ours.attn_scores[infinite], theirs["attn_scores"][infinite])
+    assert np.isfinite(ours.attn_scores[~infinite]).all()
+    # not the other way round: where every score is -inf, transformers' finite mask shows the future
+    visible = np.tri(len(tokens), dtype=bool)
+    nan = np.isnan(theirs["attn_softmax"]) & visible
+    assert nan.any()
+    assert np.isnan(ours.attn_softmax[nan]).all()
+    done = cli("capture", "--model", model, "--dtype", "float16", "--tokens", "3,1,4,1,5")
+    assert done.status == 0
+    assert "warning: attn_scores holds " in done.err
+    exact = qwenref.run(model, tokens)
+    assert all(np.isfinite(array).all() for array in exact)
