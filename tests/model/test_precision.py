@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qwenref.model.precision import FORMATS, POINTS, PRECISIONS, Precision, rounded
+from qwenref.model.precision import FORMATS, POINTS, PRECISIONS, Precision, Rounding, rounded
 
 CASTS = {
     "exact": np.float32,
@@ -42,6 +42,12 @@ VALUES = {
 }
 
 
+def to(name: str, arithmetic: str = "float32") -> Rounding:
+    """Return how to round to a format."""
+    columns = Precision(arithmetic, dict.fromkeys(POINTS, name)).roundings()
+    return Rounding(*(column[0] for column in columns))
+
+
 def same_bits(ours: np.ndarray, cast: np.ndarray) -> bool:
     nan = np.isnan(ours) & np.isnan(cast)
     return bool(np.all(nan | ((ours == cast) & (np.signbit(ours) == np.signbit(cast)))))
@@ -53,15 +59,14 @@ def same_bits(ours: np.ndarray, cast: np.ndarray) -> bool:
 def test_float32_is_rounded_as_a_cast_rounds(name: str, values: np.ndarray) -> None:
     with np.errstate(invalid="ignore"):
         expected = values.astype(CASTS[name]).astype(np.float32)
-    code = jnp.int32(list(FORMATS).index(name))
-    assert same_bits(np.asarray(jax.jit(rounded)(values, code)), expected)
+    assert same_bits(np.asarray(jax.jit(rounded)(values, to(name))), expected)
 
 
 def test_probabilities_below_the_normal_float16_survive() -> None:
     values = np.exp(RNG.uniform(np.log(2**-26), np.log(6.2e-5), 100_000)).astype(np.float32)
     expected = values.astype(np.float16)
     assert np.count_nonzero(expected) > 90_000
-    ours = np.asarray(jax.jit(rounded)(values, jnp.int32(list(FORMATS).index("float16"))))
+    ours = np.asarray(jax.jit(rounded)(values, to("float16")))
     assert np.array_equal(ours, expected.astype(np.float32))
 
 
@@ -74,9 +79,9 @@ def test_float64_is_rounded_once_not_through_float32() -> None:
         through = values.astype(np.float32).astype(np.float16).astype(np.float64)
     assert np.count_nonzero(expected != through) > 10_000
     with jax.enable_x64(True):
-        code = jnp.int32(list(FORMATS).index("float16"))
-        assert same_bits(np.asarray(jax.jit(rounded)(values, code)), expected)
-        exact = jax.jit(rounded)(values, jnp.int32(0))
+        ours = jax.jit(rounded)(values, to("float16", "float64"))
+        assert same_bits(np.asarray(ours), expected)
+        exact = jax.jit(rounded)(values, to("exact", "float64"))
         assert same_bits(np.asarray(exact), values)
 
 
@@ -84,12 +89,12 @@ def test_all_formats_share_one_compiled_program() -> None:
     traced = []
 
     @jax.jit
-    def counted(x: jax.Array, code: jax.Array) -> jax.Array:
-        traced.append(code)
-        return rounded(x, code)
+    def counted(x: jax.Array, to: Rounding) -> jax.Array:
+        traced.append(to)
+        return rounded(x, to)
 
     third = jnp.float32(1 / 3)
-    results = {float(counted(third, jnp.int32(code))) for code in range(len(FORMATS))}
+    results = {float(counted(third, to(name))) for name in FORMATS}
     assert len(results) == len(FORMATS)
     assert len(traced) == 1
 
@@ -98,6 +103,5 @@ def test_a_precision_names_points_that_exist() -> None:
     for precision in PRECISIONS.values():
         assert set(precision.formats) <= set(POINTS)
         assert set(precision.formats.values()) <= set(FORMATS)
-    assert Precision("float32", {"attn_norm": "float16"}).codes.tolist() == [
-        list(FORMATS).index("float16") if point == "attn_norm" else 0 for point in POINTS
-    ]
+    dropped = Precision("float32", {"attn_norm": "float16"}).roundings().dropped
+    assert dict(zip(POINTS, dropped, strict=True)) == dict.fromkeys(POINTS, 0) | {"attn_norm": 13}

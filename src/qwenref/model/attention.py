@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from qwenref.model.config import Config
-from qwenref.model.precision import POINTS, Precision, rounded
+from qwenref.model.precision import POINTS, Precision, Rounding, rounded
 from qwenref.model.weights import AttentionWeights
 
 EXACT = jax.lax.Precision.HIGHEST
@@ -44,7 +44,8 @@ class Attention(nnx.Module):
         """
         self.config = config
         self.dtype = precision.arithmetic
-        self.formats = jax.device_put(precision.codes) if precision.formats else None
+        roundings = jax.device_put(precision.roundings()) if precision.formats else None
+        self.roundings = nnx.data(roundings)
         self.norm = nnx.Param(jax.device_put(weights.norm))
         self.q_proj = nnx.Param(jax.device_put(weights.q_proj))
         self.k_proj = nnx.Param(jax.device_put(weights.k_proj))
@@ -184,6 +185,7 @@ class Attention(nnx.Module):
         return self._rounded("stored", weight[...].astype(self.dtype))
 
     def _rounded(self, point: str, x: Array) -> Array:
-        if self.formats is None:  # plain arithmetic pays nothing for rounding
+        if self.roundings is None:  # plain arithmetic pays nothing for it
             return x
-        return rounded(x, self.formats[POINTS.index(point)])
+        here = POINTS.index(point)
+        return rounded(x, Rounding(*(column[here] for column in self.roundings)))

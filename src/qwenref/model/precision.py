@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 
 class Format(NamedTuple):
@@ -37,6 +37,12 @@ FORMATS = {
 }
 """IEEE 754 binary16, and the upper half of binary32. An exact value is not rounded at all."""
 
+WORDS = {
+    "float32": (23, np.uint32, np.float32),
+    "float64": (52, np.uint64, np.float64),
+}
+"""Of each arithmetic: stored bits of the mantissa, the integer of that width, the dtype."""
+
 POINTS = (
     "stored",  # weights and embedding rows
     "normed",  # x / sqrt(mean(x**2) + eps), before the weight
@@ -56,6 +62,22 @@ POINTS = (
 """Where transformers' eager Qwen2 rounds, in the order of computation (modeling_qwen2.py, 5.23)."""
 
 
+class Rounding(NamedTuple):
+    """What `rounded` needs of a format (scalars) or of several (vectors), for one arithmetic.
+
+    Attributes:
+        dropped: How many bits of the mantissa go.
+        quantum: The smallest number of the format, where that matters.
+        smallest: As in `Format`.
+        largest: As in `Format`.
+    """
+
+    dropped: Array | np.ndarray
+    quantum: Array | np.ndarray
+    smallest: Array | np.ndarray
+    largest: Array | np.ndarray
+
+
 @dataclass(frozen=True)
 class Precision:
     """What is computed in which dtype, and which of its values are rounded.
@@ -68,11 +90,16 @@ class Precision:
     arithmetic: str
     formats: Mapping[str, str]
 
-    @property
-    def codes(self) -> np.ndarray:
-        """The formats as indices into `FORMATS`, int32 [points], for `rounded`."""
-        names = list(FORMATS)
-        return np.array([names.index(self.formats.get(p, "exact")) for p in POINTS], np.int32)
+    def roundings(self) -> Rounding:
+        """Return how to round at each of `POINTS`, arrays [points]."""
+        formats = [FORMATS[self.formats.get(point, "exact")] for point in POINTS]
+        stored, word, dtype = WORDS[self.arithmetic]
+        return Rounding(
+            np.array([max(stored - f.mantissa, 0) for f in formats], word),
+            np.array([f.smallest * 2.0**-f.mantissa or 1.0 for f in formats], dtype),
+            np.array([f.smallest for f in formats], dtype),
+            np.array([f.largest for f in formats], dtype),
+        )
 
 
 PRECISIONS = {
@@ -84,28 +111,21 @@ PRECISIONS = {
 """By the names that ``--dtype`` takes."""
 
 
-def rounded(x: Float[Array, "..."], code: Int[Array, ""]) -> Float[Array, "..."]:
+def rounded(x: Float[Array, "..."], to: Rounding) -> Float[Array, "..."]:
     """Round to nearest, ties to even, in one step from the dtype of `x`, and keep that dtype.
 
     Args:
         x: Float32 or float64; NaN and infinities stay.
-        code: Index into `FORMATS`; traced, so that every format shares one compiled program.
+        to: The format, for that dtype; traced, so that every format shares one compiled program.
     """
-    mantissa, smallest, largest = (
-        jnp.asarray(np.array(column, dtype))[code]
-        for column, dtype in zip(
-            zip(*FORMATS.values(), strict=True), (np.int32, x.dtype, x.dtype), strict=True
-        )
-    )
-    stored, word = (52, jnp.uint64) if x.dtype == jnp.float64 else (23, jnp.uint32)
-    dropped = jnp.maximum(stored - mantissa, 0).astype(word)
-    one = jnp.ones((), word)
-    bits = lax.bitcast_convert_type(x, word)
-    odd = (bits >> dropped) & one  # a tie goes up to an even neighbour from an odd one only
-    half = jnp.where(dropped == 0, 0, ((one << dropped) >> one) - one + odd)
-    normal = lax.bitcast_convert_type((bits + half) & ~((one << dropped) - one), x.dtype)
-    quantum = smallest * 2.0 ** -mantissa.astype(x.dtype)
-    subnormal = lax.round(x / quantum, lax.RoundingMethod.TO_NEAREST_EVEN) * quantum
-    result = jnp.where(jnp.abs(x) < smallest, subnormal, normal)
-    result = jnp.where(jnp.abs(result) > largest, jnp.copysign(jnp.inf, x), result)
-    return jnp.where(jnp.isfinite(x), result, x)
+    one = jnp.ones((), to.dropped.dtype)
+    bits = lax.bitcast_convert_type(x, one.dtype)
+    half = (one << to.dropped) >> one
+    some = jnp.minimum(half, one)  # 0 if nothing is dropped
+    odd = (bits >> to.dropped) & some  # a tie goes up, to the even neighbour, from an odd one only
+    kept = (bits + (half - some + odd)) & ~((one << to.dropped) - one)
+    normal = lax.bitcast_convert_type(kept, x.dtype)
+    subnormal = lax.round(x / to.quantum, lax.RoundingMethod.TO_NEAREST_EVEN) * to.quantum
+    result = jnp.where(jnp.abs(x) < to.smallest, subnormal, normal)
+    result = jnp.where(jnp.abs(result) > to.largest, result * jnp.inf, result)
+    return jnp.where(jnp.isnan(x), x, result)
