@@ -202,6 +202,23 @@ def test_the_same_run_twice_gives_the_same_bytes(healthy: Healthy) -> None:
     assert snapshot(healthy.first) == snapshot(healthy.second)
 
 
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16", "float16"])
+def test_every_dtype_gives_the_same_bytes_twice_and_on_one_core(
+    dtype: str, start: Start, tmp_path: Path
+) -> None:
+    cores = os.sched_getaffinity(0)
+    running = []
+    for name, allowed in (("all", cores), ("one", {min(cores)})):
+        (tmp_path / name).mkdir()
+        os.sched_setaffinity(0, allowed)  # which a new process inherits
+        try:
+            running.append(start(tmp_path / name, *CAPTURE, "--dtype", dtype, "-o", "out"))
+        finally:
+            os.sched_setaffinity(0, cores)
+    assert [ended(process).status for process in running] == [0, 0]
+    assert snapshot(tmp_path / "all") == snapshot(tmp_path / "one")
+
+
 def test_json_prints_exactly_the_text_of_the_manifest(healthy: Healthy) -> None:
     assert healthy.json.out.encode() == (healthy.second / "manifest.json").read_bytes()
 

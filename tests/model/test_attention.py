@@ -285,6 +285,21 @@ def test_a_prompt_in_pieces_gives_what_it_gives_in_one(
         assert rel_l2(together, whole) <= ACCUMULATION, stage.name
 
 
+def test_float32_angles_are_off_by_two_milliradians_at_position_32767() -> None:
+    checkpoint = Checkpoint(TINY)
+    weights, _ = read_attention(checkpoint, 0)
+    H, angles = CONFIG.head_dim, {}
+    pair = np.zeros((1, SIZES["F"]))
+    pair[0, : H // 2] = 1  # every pair of the first query head is (1, 0): its angle is visible
+    for dtype in ("float32", "float64"):
+        with computing(dtype, "cpu") as (precision, _):
+            turned = Attention(CONFIG, weights, precision).q_post_rope(pair.astype(dtype), 32767)
+            left, right = np.split(np.asarray(turned, np.float64)[0, 0], 2)
+            angles[dtype] = np.arctan2(right, left)
+    apart = np.abs(np.angle(np.exp(1j * (angles["float32"] - angles["float64"]))))
+    assert 5e-4 < apart.max() < 5e-3
+
+
 def test_masked_scores_are_never_read(attention: Attention, values: dict[str, np.ndarray]) -> None:
     garbage = np.where(np.tri(T, dtype=bool), values["attn_scores"], np.nan).astype(np.float32)
     assert np.array_equal(attention.attn_softmax(garbage), values["attn_softmax"])
