@@ -1,11 +1,13 @@
 """Our dumps against files written by two engines that nobody here wrote.
 
-tests/data holds dumps of apr 0.72.3 and llama.cpp (llama-cpp-python 0.3.36, float32 matrices and
-KV cache, brought into apr's layout) for the prompt "What is 2+2?" on the bundled checkpoint, and of
-apr on a random checkpoint of hidden size 896.
+tests/data holds dumps of apr 0.72.3 and llama.cpp (llama-cpp-python 0.3.36, brought into apr's
+layout; with float32 matrices and KV cache, with a float16 cache, and with bfloat16 matrices too)
+for the prompt "What is 2+2?" on the bundled checkpoint, and of apr on a random checkpoint of hidden
+size 896.
 """
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,11 @@ from make_tiny_checkpoint import Shape, write
 
 import qwenref
 from qwenref.capture import capture
+from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.precision import Precision
+from qwenref.model.weights import read_attention, read_embedding
+from qwenref.oracle import computing
 from qwenref.stages import ATTENTION, EMBEDDING
 
 DATA = ROOT / "tests" / "data"
@@ -63,6 +69,50 @@ def test_layer_0_agrees_with_apr(dump: Path) -> None:
 
 def test_layer_0_agrees_with_llama_cpp(dump: Path) -> None:
     assert_agrees(dump, DATA / "llama-f32", 0, TINY)
+
+
+KV_FLOAT16 = {"scores_operands": "float16", "attention_operands": "float16"}
+MATRICES_BFLOAT16 = {"qkv_operands": "bfloat16", "out_operands": "bfloat16"}
+
+
+def replay_errors(name: str, formats: Mapping[str, str]) -> dict[str, float]:
+    """Replay each stage of a dump of the bundled checkpoint from its own inputs."""
+    checkpoint = Checkpoint(TINY)
+    sizes = checkpoint.config.sizes | {"T": 12, "S": 12}
+    rows, _ = read_embedding(checkpoint, list(b"What is 2+2?"))
+    theirs = {"residual": rows.astype(np.float32)}
+    for stage in ATTENTION:
+        flat = qwenref.read_aprt(DATA / name / "layer-0" / f"{stage.name}.bin").values
+        theirs[stage.name] = flat.reshape([sizes[axis] for axis in stage.axes])
+    errors = {}
+    with computing("float32", "cpu"):
+        weights, _ = read_attention(checkpoint, 0)
+        attention = Attention(checkpoint.config, weights, Precision("float32", formats))
+        for stage in ATTENTION:
+            inputs = (theirs[source] for source in stage.computed_from)
+            ours = np.asarray(getattr(attention, stage.name)(*inputs))
+            ours = np.tril(ours) if stage.masked else ours
+            errors[stage.name], _ = worst(stage, ours, theirs[stage.name], sizes)
+    return errors
+
+
+@pytest.mark.parametrize(
+    ("name", "formats", "rounding"),
+    [
+        ("llama-kv16", KV_FLOAT16, {"attn_scores", "attention"}),
+        (
+            "llama-bf16",
+            KV_FLOAT16 | MATRICES_BFLOAT16,
+            {"qkv_matmul", "attn_scores", "attention", "attn_out"},
+        ),
+    ],
+)
+def test_rounded_operands_explain_what_llama_cpp_computes(
+    name: str, formats: dict[str, str], rounding: set[str]
+) -> None:
+    plain, rounded = replay_errors(name, {}), replay_errors(name, formats)
+    assert {stage for stage, error in plain.items() if error > 1e-4} == rounding
+    assert max(rounded.values()) <= 1e-6  # measured: 2e-7
 
 
 def test_the_embedding_is_exactly_that_of_apr(dump: Path) -> None:

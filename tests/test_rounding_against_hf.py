@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 import qwenref
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
-from qwenref.model.precision import POINTS, PRECISIONS, Precision
+from qwenref.model.precision import PRECISIONS, RESULTS, Precision
 from qwenref.model.weights import read_attention
 from qwenref.oracle import computing
 from qwenref.stages import ATTENTION
@@ -151,13 +151,13 @@ def test_what_differs_is_a_float32_sum_on_either_side_of_a_tie(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("point", RESULTS)
 def test_no_rounding_point_can_be_left_out(
     point: str, dtype: str, checkpoints: dict[str, tuple[Path, list[int]]]
 ) -> None:
     directory, tokens = checkpoints["float32 weights"]
     theirs = stages_of(load(directory, dtype), tokens, [0])[0]
-    formats = {name: dtype for name in POINTS if name != point}
+    formats = {name: dtype for name in RESULTS if name != point}
     ours = replayed(directory, Precision("float32", formats), theirs)
     assert min(np.mean(ours[name] == theirs[name]) for name in NAMES) < 0.97
 

@@ -66,7 +66,9 @@ class Attention(nnx.Module):
     def qkv_matmul(self, attn_norm: Float[Array, "T D"]) -> Float[Array, "T F"]:
         """The three projections before their biases: q, k, v side by side, not rounded yet."""
         projections = (self.q_proj, self.k_proj, self.v_proj)
-        return jnp.concatenate([self._projected(attn_norm, w) for w in projections], axis=-1)
+        x = self._rounded("qkv_operands", attn_norm)
+        parts = [self._projected(x, w, "qkv_operands") for w in projections]
+        return jnp.concatenate(parts, axis=-1)
 
     @jax.jit
     def qkv_bias(self, qkv_matmul: Float[Array, "T F"]) -> Float[Array, "T F"]:
@@ -106,8 +108,9 @@ class Attention(nnx.Module):
         """
         T, N, H = q_post_rope.shape
         S, K, _ = k_post_rope.shape
-        q = q_post_rope.reshape(T, K, N // K, H)
-        products = jnp.einsum("TKGH,SKH->KGTS", q, k_post_rope, precision=EXACT)
+        q = self._rounded("scores_operands", q_post_rope).reshape(T, K, N // K, H)
+        k = self._rounded("scores_operands", k_post_rope)
+        products = jnp.einsum("TKGH,SKH->KGTS", q, k, precision=EXACT)
         products = self._rounded("products", products.reshape(N, T, S))
         return self._rounded("attn_scores", products * H**-0.5)
 
@@ -137,15 +140,16 @@ class Attention(nnx.Module):
         """
         N, T, S = attn_softmax.shape
         K = self.config.num_key_value_heads
-        v = self._heads(qkv_bias)[:, -K:]
-        p = attn_softmax.reshape(K, N // K, T, S)
+        v = self._rounded("attention_operands", self._heads(qkv_bias)[:, -K:])
+        p = self._rounded("attention_operands", attn_softmax).reshape(K, N // K, T, S)
         mixed = jnp.einsum("KGTS,SKH->TKGH", p, v, precision=EXACT)
         return self._rounded("attention", mixed.reshape(T, -1))
 
     @jax.jit
     def attn_out(self, attention: Float[Array, "T E"]) -> Float[Array, "T D"]:
         """The output projection; it has no bias. The residual is not added yet."""
-        return self._rounded("attn_out", self._projected(attention, self.o_proj))
+        x = self._rounded("out_operands", attention)
+        return self._rounded("attn_out", self._projected(x, self.o_proj, "out_operands"))
 
     @jax.jit
     def residual(self, rows: Float[Array, "T D"]) -> Float[Array, "T D"]:
@@ -178,8 +182,11 @@ class Attention(nnx.Module):
         along = x * jnp.concatenate([cos, cos], axis=-1)
         return self._rounded("rotated", along) + self._rounded("rotated", across)
 
-    def _projected(self, x: Float[Array, "T I"], weight: nnx.Param) -> Float[Array, "T O"]:
-        return jnp.einsum("TI,OI->TO", x, self._widened(weight), precision=EXACT)
+    def _projected(
+        self, x: Float[Array, "T I"], weight: nnx.Param, operands: str
+    ) -> Float[Array, "T O"]:
+        matrix = self._rounded(operands, self._widened(weight))
+        return jnp.einsum("TI,OI->TO", x, matrix, precision=EXACT)
 
     def _widened(self, weight: nnx.Param) -> Array:
         return self._rounded("stored", weight[...].astype(self.dtype))

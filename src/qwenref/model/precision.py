@@ -34,8 +34,9 @@ FORMATS = {
     "exact": Format(52, 0.0, np.inf),
     "float16": Format(10, 2.0**-14, 65504.0),
     "bfloat16": Format(7, 0.0, np.inf),
+    "tf32": Format(10, 0.0, np.inf),
 }
-"""IEEE 754 binary16, and the upper half of binary32. An exact value is not rounded at all."""
+"""IEEE 754 binary16; binary32 with a shorter mantissa. An exact value is not rounded at all."""
 
 WORDS = {
     "float32": (23, np.uint32, np.float32),
@@ -43,7 +44,7 @@ WORDS = {
 }
 """Of each arithmetic: stored bits of the mantissa, the integer of that width, the dtype."""
 
-POINTS = (
+RESULTS = (
     "stored",  # weights and embedding rows
     "normed",  # x / sqrt(mean(x**2) + eps), before the weight
     "attn_norm",
@@ -60,6 +61,13 @@ POINTS = (
     "attn_out",
 )
 """Where transformers' eager Qwen2 rounds, in the order of computation (modeling_qwen2.py, 5.23)."""
+
+OPERANDS = ("qkv_operands", "scores_operands", "attention_operands", "out_operands")
+"""Both operands of a product: what llama.cpp rounds to the type of its matrices and KV cache, and a
+GPU to TF32, while results stay float32.
+"""
+
+POINTS = RESULTS + OPERANDS
 
 
 class Rounding(NamedTuple):
@@ -105,8 +113,8 @@ class Precision:
 PRECISIONS = {
     "float32": Precision("float32", {}),
     "float64": Precision("float64", {}),
-    "bfloat16": Precision("float32", dict.fromkeys(POINTS, "bfloat16")),
-    "float16": Precision("float32", dict.fromkeys(POINTS, "float16")),
+    "bfloat16": Precision("float32", dict.fromkeys(RESULTS, "bfloat16")),
+    "float16": Precision("float32", dict.fromkeys(RESULTS, "float16")),
 }
 """By the names that ``--dtype`` takes."""
 
