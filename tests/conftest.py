@@ -20,6 +20,7 @@ settings.register_profile(
 settings.load_profile("qwenref")
 
 from helpers import Cli, Result  # noqa: E402 - imports qwenref
+from processes import Start, starting  # noqa: E402
 
 SMALL = Shape(84, 6, 2, intermediate_size=16, num_hidden_layers=2, vocab_size=320)
 
@@ -39,6 +40,13 @@ def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
         return Result(status, str(captured.out), str(captured.err))
 
     return run
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts the command in processes of its own."""
+    with starting() as start:
+        yield start
 
 
 @pytest.fixture(scope="session")
