@@ -163,7 +163,7 @@ def recorded_attention(
         )
         eager_attention_forward(module, query, key, value, None, **options)
     masked, unmasked = scores
-    if not torch.equal(masked, unmasked + attention_mask):
+    if not torch.allclose(masked, unmasked + attention_mask, rtol=0, atol=0, equal_nan=True):
         raise QwenrefError("transformers' masked and unmasked scores disagree")
     module.record["q_post_rope"] = _array(query.transpose(1, 2))
     module.record["k_post_rope"] = _array(key.transpose(1, 2))

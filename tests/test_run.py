@@ -65,6 +65,13 @@ def test_run_leaves_jax_as_the_user_configured_it() -> None:
     assert jnp.arange(3.0).dtype == np.float32
 
 
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_run_works_without_compiling_and_with_a_watch_for_nan(dtype: str) -> None:
+    with jax.disable_jit(), jax.debug_nans(True):
+        eager = qwenref.run(TINY, TOKENS, dtype=dtype)
+    assert np.allclose(eager.attn_out, qwenref.run(TINY, TOKENS, dtype=dtype).attn_out, atol=1e-6)
+
+
 def test_run_works_however_the_caller_has_configured_jax() -> None:
     expected = qwenref.run(TINY, TOKENS)
     with (

@@ -55,7 +55,7 @@ def chain_pieces(
     for stage, span, array in _computed(attention, residual, needed_for(wanted)):
         if stage in wanted:
             if stage.name == "qkv_matmul":
-                array = attention.dumped_qkv_matmul(array)
+                array = attention.at("qkv_matmul", array)
             new = *([slice(None)] * stage.axes.index("T")), slice(span.first - span.start, None)
             yield Piece(stage, span.first, np.asarray(array)[new])
 
@@ -78,7 +78,7 @@ def _computed(
     @lru_cache(maxsize=1)  # a short prompt is one block
     def projected(block: Span) -> Arrays:
         rows = residual[block.start : block.stop].astype(dtype)
-        arrays: Arrays = {RESIDUAL: attention.residual(rows)}
+        arrays: Arrays = {RESIDUAL: attention.at("stored", jax.device_put(rows))}
         for stage in projections:
             arrays[stage.name] = _value(attention, stage, arrays, block)
         return arrays
@@ -98,8 +98,9 @@ def _computed(
                 yield stage, span._replace(first=max(span.first, block.first)), local[stage.name]
             if after:
                 mixed.append(np.asarray(local["attention"])[span.first - span.start :])
-        for stage in after:
+        if after:
             arrays["attention"] = np.concatenate(mixed)
+        for stage in after:
             arrays[stage.name] = _value(attention, stage, arrays, block)
             yield stage, block, arrays[stage.name]
 
@@ -125,7 +126,7 @@ def _keys_and_values(
 
 
 def _value(attention: Attention, stage: Stage, arrays: Arrays, span: Span) -> jax.Array:
-    position = (span.start,) if stage.sliced or stage.rotated else ()
+    position = (span.start,) if stage.positioned else ()
     return getattr(attention, stage.name)(
         *(arrays[name] for name in stage.computed_from), *position
     )

@@ -57,7 +57,7 @@ def command(arguments: list[str]) -> int:
     except QwenrefError as error:
         return _trouble(str(error))
     except OSError as error:  # all others are QwenrefErrors
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
         return _trouble(f"cannot print: {reason(error)}")
 
 

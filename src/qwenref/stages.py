@@ -27,9 +27,9 @@ class Stage:
         computed_from: The stages (or `RESIDUAL`) whose arrays its method takes, in that order.
         blocks: Names of the parts that its last axis concatenates; their widths are E, K*H, K*H.
         masked: Whether cells with key position > query position mean nothing.
-        sliced: Whether its method takes a slice of the queries and the position of the first, so
-            that [N, T, S] never exists whole.
-        rotated: Whether its method rotates, and so takes the position of the first token.
+        sliced: Whether its method takes a slice of the queries, so that [N, T, S] never exists
+            whole.
+        positioned: Whether its method takes the position of the first token given.
     """
 
     name: str
@@ -38,8 +38,10 @@ class Stage:
     blocks: tuple[str, ...] = ()
     masked: bool = False
     sliced: bool = False
-    rotated: bool = False
+    positioned: bool = False
 
+
+_PAIRS = ("N", "T", "S")
 
 EMBEDDING = Stage("embedding", ("T", "D"), ())
 
@@ -47,10 +49,10 @@ ATTENTION = (
     Stage("attn_norm", ("T", "D"), (RESIDUAL,)),
     Stage("qkv_matmul", ("T", "F"), ("attn_norm",), blocks=("q", "k", "v")),
     Stage("qkv_bias", ("T", "F"), ("qkv_matmul",), blocks=("q", "k", "v")),
-    Stage("q_post_rope", ("T", "N", "H"), ("qkv_bias",), rotated=True),
-    Stage("k_post_rope", ("T", "K", "H"), ("qkv_bias",), rotated=True),
-    Stage("attn_scores", ("N", "T", "S"), ("q_post_rope", "k_post_rope"), masked=True, sliced=True),
-    Stage("attn_softmax", ("N", "T", "S"), ("attn_scores",), masked=True, sliced=True),
+    Stage("q_post_rope", ("T", "N", "H"), ("qkv_bias",), positioned=True),
+    Stage("k_post_rope", ("T", "K", "H"), ("qkv_bias",), positioned=True),
+    Stage("attn_scores", _PAIRS, ("q_post_rope", "k_post_rope"), masked=True, sliced=True),
+    Stage("attn_softmax", _PAIRS, ("attn_scores",), masked=True, sliced=True, positioned=True),
     Stage("attention", ("T", "E"), ("attn_softmax", "qkv_bias"), sliced=True),
     Stage("attn_out", ("T", "D"), ("attention",)),
 )

@@ -11,6 +11,8 @@ Formulas: Qwen2.5 technical report (arXiv 2412.15115), RMSNorm (arXiv 1910.07467
 of them, and S keys from position 0 on.
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,8 +32,8 @@ Position = int | Int[Array, ""]
 class Attention(nnx.Module):
     """One layer's attention. All arrays have the dtype of the precision's arithmetic.
 
-    Weights keep their stored dtype (bf16, f16 or f32) and are widened, exactly, where they are
-    used: one matrix at a time exists in the wider dtype.
+    Weights keep their stored dtype (bf16, f16 or f32) and are widened, exactly, and rounded if the
+    precision says so, where they are used: one matrix at a time exists in the wider dtype.
     """
 
     def __init__(self, config: Config, weights: AttentionWeights, precision: Precision):
@@ -100,12 +102,8 @@ class Attention(nnx.Module):
         self,
         q_post_rope: Float[Array, "T N H"],
         k_post_rope: Float[Array, "S K H"],
-        first: Position = 0,
     ) -> Float[Array, "N T S"]:
-        """Scaled dot products q . k / sqrt(H), unmasked; query head n reads key head n // G.
-
-        They do not depend on `first`, the position of the first query given.
-        """
+        """Scaled dot products q . k / sqrt(H), unmasked; query head n reads key head n // G."""
         T, N, H = q_post_rope.shape
         S, K, _ = k_post_rope.shape
         q = self._rounded("scores_operands", q_post_rope).reshape(T, K, N // K, H)
@@ -132,9 +130,8 @@ class Attention(nnx.Module):
         self,
         attn_softmax: Float[Array, "N T S"],
         qkv_bias: Float[Array, "S F"],
-        first: Position = 0,
     ) -> Float[Array, "T E"]:
-        """Probabilities times values, heads side by side per token; `first` changes nothing.
+        """Probabilities times values, heads side by side per token.
 
         Of `qkv_bias` only the last K*H channels, v, are read; the others may be absent.
         """
@@ -151,15 +148,17 @@ class Attention(nnx.Module):
         x = self._rounded("out_operands", attention)
         return self._rounded("attn_out", self._projected(x, self.o_proj, "out_operands"))
 
-    @jax.jit
-    def residual(self, rows: Float[Array, "T D"]) -> Float[Array, "T D"]:
-        """The stream that enters the layer, as this precision holds it."""
-        return self._rounded("stored", rows)
+    def at(self, point: str, x: Array) -> Array:
+        """Round at a point that no stage method contains.
 
-    @jax.jit
-    def dumped_qkv_matmul(self, qkv_matmul: Float[Array, "T F"]) -> Float[Array, "T F"]:
-        """What a dump shows of the projections before their biases: only there are they rounded."""
-        return self._rounded("qkv_matmul", qkv_matmul)
+        Those are "stored", for the stream that enters the layer, and "qkv_matmul", for what a dump
+        shows of that stage.
+        """
+        return x if self.roundings is None else self._compiled_rounding(x, point)
+
+    @partial(jax.jit, static_argnames="point")
+    def _compiled_rounding(self, x: Array, point: str) -> Array:
+        return self._rounded(point, x)
 
     def _heads(self, qkv: Float[Array, "T F"]) -> Float[Array, "T J H"]:
         """Return the N query heads, K key heads and K value heads of each token."""

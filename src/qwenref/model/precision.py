@@ -33,8 +33,8 @@ class Format(NamedTuple):
 FORMATS = {
     "exact": Format(52, 0.0, np.inf),
     "float16": Format(10, 2.0**-14, 65504.0),
-    "bfloat16": Format(7, 0.0, np.inf),
-    "tf32": Format(10, 0.0, np.inf),
+    "bfloat16": Format(7, 0.0, (2 - 2.0**-7) * 2.0**127),
+    "tf32": Format(10, 0.0, (2 - 2.0**-10) * 2.0**127),
 }
 """IEEE 754 binary16; binary32 with a shorter mantissa. An exact value is not rounded at all."""
 
@@ -90,6 +90,9 @@ class Rounding(NamedTuple):
 class Precision:
     """What is computed in which dtype, and which of its values are rounded.
 
+    Each point has a format of its own, because engines differ in where they round: llama.cpp has
+    bfloat16 matrices beside a float16 cache.
+
     Attributes:
         arithmetic: "float32" or "float64": of all products, sums and functions, and of the arrays.
         formats: The name in `FORMATS` for each rounding point; "exact" for those not named.
@@ -135,5 +138,5 @@ def rounded(x: Float[Array, "..."], to: Rounding) -> Float[Array, "..."]:
     normal = lax.bitcast_convert_type(kept, x.dtype)
     subnormal = lax.round(x / to.quantum, lax.RoundingMethod.TO_NEAREST_EVEN) * to.quantum
     result = jnp.where(jnp.abs(x) < to.smallest, subnormal, normal)
-    result = jnp.where(jnp.abs(result) > to.largest, result * jnp.inf, result)
+    result = jnp.where(jnp.abs(result) > to.largest, jnp.copysign(jnp.inf, result), result)
     return jnp.where(jnp.isnan(x), x, result)
