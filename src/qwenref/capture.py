@@ -77,7 +77,7 @@ def capture(
         prompt: The text; `DEFAULT_PROMPT` if neither it nor `tokens` nor `residual` is given.
         tokens: The token ids, instead of `prompt`.
         stages: What to write.
-        dtype: Which engine to be, of `qwenref.model.precision.PRECISIONS`. The files hold float32.
+        dtype: As in `qwenref.run`. The files hold float32.
         device: "auto", "cpu" or "gpu".
         layout: "apr" or "hf", see `qwenref.dumps.layout`.
         residual: An APRT file [T, D]: the residual stream that enters the layer.

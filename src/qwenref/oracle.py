@@ -61,9 +61,8 @@ def run(
     Args:
         model_dir: A checkpoint directory, or one .safetensors file with config.json beside it.
         tokens: The prompt's token ids, at least one; a list, or a one-dimensional array.
-        dtype: Which engine to be, of `qwenref.model.precision.PRECISIONS`. The arrays returned are
-            float64 for "float64", else float32, with values rounded as a bfloat16 or float16
-            engine rounds them.
+        dtype: "float32"; "float64", the truth; "bfloat16" or "float16", rounded where transformers
+            rounds. The arrays returned are float64 for "float64", else float32.
         device: "auto", "cpu" or "gpu".
         layout: "apr" or "hf", see `Stages`.
 
