@@ -49,6 +49,14 @@ def start() -> Iterator[Start]:
         yield start
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Make SIGINT raise KeyboardInterrupt, even where it is ignored, as in background jobs."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="session")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same weights, in one file and in four shards."""

@@ -13,15 +13,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comparison import NOISE, worst
-from helpers import ROOT, TINY
+from helpers import ROOT, TINY, attention_of, replay
 from make_tiny_checkpoint import Shape, write
 
 import qwenref
 from qwenref.capture import capture
-from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.precision import Precision
-from qwenref.model.weights import read_attention, read_embedding
+from qwenref.model.weights import read_embedding
 from qwenref.oracle import computing
 from qwenref.stages import ATTENTION, EMBEDDING
 
@@ -86,11 +85,9 @@ def replay_errors(name: str, formats: Mapping[str, str]) -> dict[str, float]:
         theirs[stage.name] = flat.reshape([sizes[axis] for axis in stage.axes])
     errors = {}
     with computing("float32", "cpu"):
-        weights, _ = read_attention(checkpoint, 0)
-        attention = Attention(checkpoint.config, weights, Precision("float32", formats))
+        attention = attention_of(TINY, Precision("float32", formats))
         for stage in ATTENTION:
-            inputs = (theirs[source] for source in stage.computed_from)
-            ours = np.asarray(getattr(attention, stage.name)(*inputs))
+            ours = replay(attention, stage, theirs)
             ours = np.tril(ours) if stage.masked else ours
             errors[stage.name], _ = worst(stage, ours, theirs[stage.name], sizes)
     return errors

@@ -11,19 +11,16 @@ import pytest
 import torch
 from capture_hf import load, stages_of
 from comparison import NOISE, worst
-from helpers import TINY
+from helpers import TINY, Tensors, attention_of, change_tensors, replay
 from make_tiny_checkpoint import Shape, write
-from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 from transformers.models.qwen2 import modeling_qwen2
 
 import qwenref
 from qwenref import chain
 from qwenref.chain import chain_pieces
-from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
-from qwenref.model.precision import PRECISIONS
-from qwenref.model.weights import read_attention, read_embedding
+from qwenref.model.weights import read_embedding
 from qwenref.oracle import computing
 from qwenref.stages import ATTENTION
 
@@ -50,27 +47,23 @@ class Case:
         return rng.integers(0, self.shape.vocab_size, self.tokens).tolist()
 
 
-def edit_tensors(change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]):
-    def edit(directory: Path) -> None:
-        file = directory / "model.safetensors"
-        save_file(change(load_file(file)), file, metadata={"format": "pt"})
-
-    return edit
+def edit_tensors(change: Callable[[Tensors], Tensors]) -> Callable[[Path], None]:
+    return lambda directory: change_tensors(directory, change)
 
 
 def is_bias(name: str) -> bool:
     return name.endswith("_proj.bias")
 
 
-def zero_biases(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def zero_biases(tensors: Tensors) -> Tensors:
     return {name: t * t.dtype.type(not is_bias(name)) for name, t in tensors.items()}
 
 
-def no_biases(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def no_biases(tensors: Tensors) -> Tensors:
     return {name: t for name, t in tensors.items() if not is_bias(name)}
 
 
-def mixed_dtypes(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def mixed_dtypes(tensors: Tensors) -> Tensors:
     def stored(name: str, t: np.ndarray) -> np.ndarray:
         if "q_proj" in name:
             return t.astype(np.float32)
@@ -119,17 +112,11 @@ def case(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[int
     return drawn.write(tmp_path / "model"), drawn.prompt()
 
 
-def oracle(directory: Path, dtype: str = "float32") -> Attention:
-    checkpoint = Checkpoint(directory)
-    weights, _ = read_attention(checkpoint, 0)
-    return Attention(checkpoint.config, weights, PRECISIONS[dtype])
-
-
 def assert_float32_stages_agree(directory: Path, tokens: list[int]) -> None:
     theirs = stages_of(load(directory, "float32"), tokens, [0])[0]
     parts: dict[str, list[np.ndarray]] = {stage.name: [] for stage in ATTENTION}
-    with computing("float32", "cpu"):
-        attention = oracle(directory)
+    with computing("float32", "cpu") as (precision, _):
+        attention = attention_of(directory, precision)
         rows, _ = read_embedding(Checkpoint(directory), tokens)
         for stage, _, values in chain_pieces(attention, rows, ATTENTION):
             parts[stage.name].append(values)
@@ -156,20 +143,11 @@ def replay_errors(directory: Path, tokens: list[int]) -> dict[str, float]:
     """Return each stage's error when our float64 method is given transformers' own inputs."""
     theirs = stages_of(load(directory, "float64"), tokens, [0])[0]
     assert {array.dtype for array in theirs.values()} == {np.dtype(np.float64)}
-    with computing("float64", "cpu"):
-        attention = oracle(directory, "float64")
-        sizes = attention.config.sizes
-        return {
-            stage.name: worst(
-                stage,
-                np.asarray(
-                    getattr(attention, stage.name)(*(theirs[name] for name in stage.computed_from))
-                ),
-                theirs[stage.name],
-                sizes,
-            )[0]
-            for stage in ATTENTION
-        }
+    with computing("float64", "cpu") as (precision, _):
+        attention = attention_of(directory, precision)
+        ours = {stage: replay(attention, stage, theirs) for stage in ATTENTION}
+    sizes = attention.config.sizes
+    return {stage.name: worst(stage, ours[stage], theirs[stage.name], sizes)[0] for stage in ours}
 
 
 def test_float64_stages_replay_from_transformers_inputs(case: tuple[Path, list[int]]) -> None:

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from capture_hf import load
 from comparison import NOISE, rel_l2
-from helpers import ROOT, TINY, Cli
-from safetensors.numpy import load_file, save_file
+from helpers import ROOT, TINY, Cli, change_tensors
 
 import qwenref
 from qwenref.dumps.manifest import Manifest, read_manifest
@@ -80,9 +79,7 @@ def test_a_single_file_is_refused(tmp_path: Path) -> None:
 def without(kept: Callable[[str], bool], directory: Path) -> Path:
     """Return a copy of the bundled checkpoint with only some of its tensors."""
     shutil.copytree(TINY, directory)
-    file = directory / "model.safetensors"
-    tensors = {name: values for name, values in load_file(file).items() if kept(name)}
-    save_file(tensors, file, metadata={"format": "pt"})
+    change_tensors(directory, lambda tensors: {n: t for n, t in tensors.items() if kept(n)})
     return directory
 
 

@@ -2,20 +2,13 @@
 
 import signal
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from qwenref.interrupts import Interrupts
 
-
-@pytest.fixture(autouse=True)
-def ctrl_c() -> Iterator[None]:
-    """Make SIGINT raise KeyboardInterrupt, even where it is ignored, as in background jobs."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
+pytestmark = pytest.mark.usefixtures("ctrl_c")
 
 
 class InterruptedWhenDropped:

@@ -15,15 +15,11 @@ import numpy as np
 import pytest
 from capture_hf import Arrays, load, stages_of
 from comparison import rel_l2
-from helpers import TINY, Cli
+from helpers import TINY, Cli, Tensors, attention_of, change_tensors, replay
 from make_tiny_checkpoint import Shape, write
-from safetensors.numpy import load_file, save_file
 
 import qwenref
-from qwenref.model.attention import Attention
-from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.precision import PRECISIONS, RESULTS, Precision
-from qwenref.model.weights import read_attention
 from qwenref.oracle import computing
 from qwenref.stages import ATTENTION
 
@@ -32,12 +28,14 @@ NAMES = [stage.name for stage in ATTENTION]
 BASE = Shape(84, 6, 2, 16, 1, 320, seed=1)
 
 
-def set_values(directory: Path, name: str, values: dict[int, float]) -> None:
-    """Change some values of a tensor."""
-    tensors = load_file(directory / "model.safetensors")
-    for index, value in values.items():
-        tensors[name][index] = value
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+def huge_k_biases(tensors: Tensors) -> Tensors:
+    tensors["model.layers.0.self_attn.k_proj.bias"][[1, 5, 20]] = 100, -100, 100
+    return tensors
+
+
+def large_biases(tensors: Tensors) -> Tensors:
+    scales = {name: 60 if name.endswith(("q_proj.bias", "k_proj.bias")) else 1 for name in tensors}
+    return {name: values * np.float32(scales[name]) for name, values in tensors.items()}
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,7 @@ class Case:
     def write(self, directory: Path) -> None:
         write(directory, self.shape, dtype=self.stored)
         if self.huge_biases:
-            name = "model.layers.0.self_attn.k_proj.bias"
-            set_values(directory, name, {1: 100.0, 5: -100.0, 20: 100.0})
+            change_tensors(directory, huge_k_biases)
 
 
 CASES = {
@@ -84,19 +81,13 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Pat
 
 def replayed(directory: Path, precision: Precision, theirs: Arrays) -> Arrays:
     """Return each stage as our method computes it from transformers' inputs."""
-    checkpoint = Checkpoint(directory)
     with computing(precision.arithmetic, "cpu"):
-        weights, _ = read_attention(checkpoint, 0)
-        attention = Attention(checkpoint.config, weights, precision)
+        attention = attention_of(directory, precision)
         inputs = {name: array.astype(precision.arithmetic) for name, array in theirs.items()}
-        ours = {}
-        for stage in ATTENTION:
-            given = [inputs[name] for name in stage.computed_from]
-            if stage.name == "qkv_bias":
-                given = [attention.qkv_matmul(inputs["attn_norm"])]
-            ours[stage.name] = getattr(attention, stage.name)(*given)
-        ours["qkv_matmul"] = attention.at("qkv_matmul", ours["qkv_matmul"])
-        return {name: np.asarray(array) for name, array in ours.items()}
+        unrounded = attention.qkv_matmul(inputs["attn_norm"])
+        inputs["qkv_matmul"] = np.asarray(unrounded)
+        ours = {stage.name: replay(attention, stage, inputs) for stage in ATTENTION}
+        return ours | {"qkv_matmul": np.asarray(attention.at("qkv_matmul", unrounded))}
 
 
 def steps(ours: np.ndarray, theirs: np.ndarray, dtype: type) -> np.ndarray:
@@ -204,11 +195,7 @@ def test_a_whole_chain_stays_near_that_of_transformers(
 def test_float16_overflows_where_transformers_does(tmp_path: Path, cli: Cli) -> None:
     model = tmp_path / "model"
     write(model, BASE, dtype="float32")
-    tensors = load_file(model / "model.safetensors")
-    for name in tensors:
-        if name.endswith(("q_proj.bias", "k_proj.bias")):
-            tensors[name] *= 60
-    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    change_tensors(model, large_biases)
     tokens = [3, 1, 4, 1, 5]
     theirs = stages_of(load(model, "float16"), tokens, [0])[0]
     ours = qwenref.run(model, tokens, dtype="float16", layout="hf")

@@ -10,6 +10,13 @@ from qwenref.errors import QwenrefError
 Parsed = TypeVar("Parsed")
 
 
+def require_regular(path: Path) -> None:
+    """Raise `QwenrefError` unless `path` is a regular file, or a link to one."""
+    if not path.is_file():
+        found = "is not a regular file" if path.exists() else "does not exist"
+        raise QwenrefError(f"{path} {found}")
+
+
 def read_bounded(path: Path, limit: int) -> bytes:
     """Return the content of a regular file of at most `limit` bytes.
 
@@ -17,9 +24,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
         QwenrefError: The file is missing, not a regular file, unreadable, or larger than `limit`.
     """
     try:
-        if not path.is_file():
-            found = "is not a regular file" if path.exists() else "does not exist"
-            raise QwenrefError(f"{path} {found}")
+        require_regular(path)
         with path.open("rb") as file:
             content = file.read(min(limit, path.stat().st_size) + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path

@@ -166,14 +166,6 @@ def interrupting(
     return sent
 
 
-@pytest.fixture
-def ctrl_c() -> Iterator[None]:
-    """Make SIGINT raise KeyboardInterrupt, even where it is ignored, as in background jobs."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("folder", ["a", "a/out", f"a/out/{PARTIAL}", f"a/out/{PARTIAL}/new"])
 def test_an_interrupt_just_as_a_folder_is_made_leaves_nothing(

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from comparison import rel_l2
-from helpers import TINY
+from helpers import TINY, Tensors, attention_of, change_tensors
 from make_tiny_checkpoint import Shape, write
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import qwenref
 from qwenref import chain
@@ -70,10 +70,12 @@ def test_changing_a_weight_tensor_moves_its_stage_first(
 ) -> None:
     tensors = attention_tensors(CONFIG, 0)
     name = EMBEDDING if field == "embedding" else tensors[field].name
-    file = model / "model.safetensors"
-    values = load_file(file)
-    values[name] = (values[name].astype(np.float32) * 1.25 + 0.5).astype(values[name].dtype)
-    save_file(values, file)
+
+    def moved_tensor(values: Tensors) -> Tensors:
+        new = values[name].astype(np.float32) * 1.25 + 0.5
+        return values | {name: new.astype(values[name].dtype)}
+
+    change_tensors(model, moved_tensor)
     first = FIRST_MOVED_BY_TENSOR.get(field, "attn_norm")
     assert moved(healthy, qwenref.run(model, TOKENS))[0] == first
     assert set(tensors) == set(FIRST_MOVED_BY_TENSOR)
@@ -182,9 +184,9 @@ def test_attention_mixes_the_values_of_the_group_and_token_0_keeps_its_own(exact
 
 
 def test_without_biases_qkv_bias_is_qkv_matmul(model: Path) -> None:
-    file = model / "model.safetensors"
-    values = {name: t for name, t in load_file(file).items() if not name.endswith("_proj.bias")}
-    save_file(values, file)
+    change_tensors(
+        model, lambda tensors: {n: t for n, t in tensors.items() if not n.endswith("_proj.bias")}
+    )
     stages = qwenref.run(model, TOKENS)
     assert np.array_equal(stages.qkv_bias, stages.qkv_matmul)
 
@@ -192,8 +194,7 @@ def test_without_biases_qkv_bias_is_qkv_matmul(model: Path) -> None:
 @pytest.fixture(scope="module")
 def attention() -> Iterator[Attention]:
     with computing("float32", "cpu"):
-        weights, _ = read_attention(Checkpoint(TINY), 0)
-        yield Attention(CONFIG, weights, PRECISIONS["float32"])
+        yield attention_of(TINY, PRECISIONS["float32"])
 
 
 @pytest.fixture(scope="module")
@@ -286,14 +287,12 @@ def test_a_prompt_in_pieces_gives_what_it_gives_in_one(
 
 
 def test_float32_angles_are_off_by_two_milliradians_at_position_32767() -> None:
-    checkpoint = Checkpoint(TINY)
-    weights, _ = read_attention(checkpoint, 0)
     H, angles = CONFIG.head_dim, {}
     pair = np.zeros((1, SIZES["F"]))
     pair[0, : H // 2] = 1  # every pair of the first query head is (1, 0): its angle is visible
     for dtype in ("float32", "float64"):
         with computing(dtype, "cpu") as (precision, _):
-            turned = Attention(CONFIG, weights, precision).q_post_rope(pair.astype(dtype), 32767)
+            turned = attention_of(TINY, precision).q_post_rope(pair.astype(dtype), 32767)
             left, right = np.split(np.asarray(turned, np.float64)[0, 0], 2)
             angles[dtype] = np.arctan2(right, left)
     apart = np.abs(np.angle(np.exp(1j * (angles["float32"] - angles["float64"]))))

@@ -18,7 +18,7 @@ from blake3 import blake3
 from numpy.typing import ArrayLike
 
 from qwenref.errors import QwenrefError
-from qwenref.files import reason
+from qwenref.files import reason, require_regular
 
 MAGIC = b"APRT"
 WHOLE_MODEL = 0xFFFFFFFF
@@ -49,10 +49,7 @@ def read_aprt(path: str | Path) -> Aprt:
     """
     path = Path(path)
     try:
-        if not path.is_file():
-            raise QwenrefError(
-                f"{path} {'is not a regular file' if path.exists() else 'does not exist'}"
-            )
+        require_regular(path)
         with path.open("rb") as file:
             size = path.stat().st_size
             header = file.read(HEADER.size)

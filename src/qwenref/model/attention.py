@@ -99,9 +99,7 @@ class Attention(nnx.Module):
 
     @jax.jit
     def attn_scores(
-        self,
-        q_post_rope: Float[Array, "T N H"],
-        k_post_rope: Float[Array, "S K H"],
+        self, q_post_rope: Float[Array, "T N H"], k_post_rope: Float[Array, "S K H"]
     ) -> Float[Array, "N T S"]:
         """Scaled dot products q . k / sqrt(H), unmasked; query head n reads key head n // G."""
         T, N, H = q_post_rope.shape
@@ -127,9 +125,7 @@ class Attention(nnx.Module):
 
     @jax.jit
     def attention(
-        self,
-        attn_softmax: Float[Array, "N T S"],
-        qkv_bias: Float[Array, "S F"],
+        self, attn_softmax: Float[Array, "N T S"], qkv_bias: Float[Array, "S F"]
     ) -> Float[Array, "T E"]:
         """Probabilities times values, heads side by side per token.
 

@@ -38,11 +38,8 @@ FORMATS = {
 }
 """IEEE 754 binary16; binary32 with a shorter mantissa. An exact value is not rounded at all."""
 
-WORDS = {
-    "float32": (23, np.uint32, np.float32),
-    "float64": (52, np.uint64, np.float64),
-}
-"""Of each arithmetic: stored bits of the mantissa, the integer of that width, the dtype."""
+WORDS = {"float32": (23, np.uint32), "float64": (52, np.uint64)}
+"""Of each arithmetic: stored bits of the mantissa, and the integer of that width."""
 
 RESULTS = (
     "stored",  # weights and embedding rows
@@ -104,12 +101,12 @@ class Precision:
     def roundings(self) -> Rounding:
         """Return how to round at each of `POINTS`, arrays [points]."""
         formats = [FORMATS[self.formats.get(point, "exact")] for point in POINTS]
-        stored, word, dtype = WORDS[self.arithmetic]
+        stored, word = WORDS[self.arithmetic]
         return Rounding(
             np.array([max(stored - f.mantissa, 0) for f in formats], word),
-            np.array([f.smallest * 2.0**-f.mantissa or 1.0 for f in formats], dtype),
-            np.array([f.smallest for f in formats], dtype),
-            np.array([f.largest for f in formats], dtype),
+            np.array([f.smallest * 2.0**-f.mantissa or 1.0 for f in formats], self.arithmetic),
+            np.array([f.smallest for f in formats], self.arithmetic),
+            np.array([f.largest for f in formats], self.arithmetic),
         )
 
 
