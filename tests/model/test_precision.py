@@ -8,7 +8,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qwenref.model.precision import FORMATS, POINTS, PRECISIONS, Precision, Rounding, rounded
+from qwenref.model.precision import (
+    FORMATS,
+    POINTS,
+    PRECISIONS,
+    Precision,
+    Rounding,
+    nearest,
+    one_rounding,
+    rounded,
+)
 
 
 def cast_to(dtype: type) -> Callable[[np.ndarray], np.ndarray]:
@@ -25,6 +34,7 @@ CASTS = {
     "float16": cast_to(np.float16),
     "bfloat16": cast_to(ml_dtypes.bfloat16),
     "tf32": to_tf32,
+    "float32": lambda values: values,
 }
 RNG = np.random.default_rng(0)
 
@@ -77,6 +87,27 @@ def test_float32_is_rounded_as_a_cast_rounds(name: str, values: np.ndarray) -> N
     assert same_bits(np.asarray(jax.jit(rounded)(values, to(name))), expected)
 
 
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("values", VALUES.values(), ids=VALUES)
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_numpy_rounds_alike(name: str, values: np.ndarray) -> None:
+    with np.errstate(invalid="ignore"):
+        normal = np.where(np.abs(values) < 2**-126, 0, values).astype(np.float64)
+        expected = CASTS[name](normal.astype(np.float32))
+        assert same_bits(nearest(normal, FORMATS[name]), expected.astype(np.float64))
+
+
+@pytest.mark.parametrize(
+    ("name", "cast"), [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)]
+)
+def test_the_error_of_one_rounding_is_known(name: str, cast: type) -> None:
+    values = np.exp(RNG.uniform(np.log(1e-3), np.log(1e3), 1_000_000))
+    errors = values.astype(cast).astype(np.float64) / values - 1
+    assert np.sqrt(np.mean(np.square(errors))) == pytest.approx(
+        one_rounding(FORMATS[name]), rel=0.01
+    )
+
+
 def test_probabilities_below_the_normal_float16_survive() -> None:
     values = np.exp(RNG.uniform(np.log(2**-26), np.log(6.2e-5), 100_000)).astype(np.float32)
     expected = values.astype(np.float16)
@@ -98,6 +129,7 @@ def test_float64_is_rounded_once_not_through_float32() -> None:
         assert same_bits(np.asarray(ours), expected)
         exact = jax.jit(rounded)(values, to("exact", "float64"))
         assert same_bits(np.asarray(exact), values)
+    assert same_bits(nearest(values, FORMATS["float16"]), expected)
 
 
 def test_all_formats_share_one_compiled_program() -> None:

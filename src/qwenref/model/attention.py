@@ -26,7 +26,8 @@ from qwenref.model.weights import AttentionWeights
 EXACT = jax.lax.Precision.HIGHEST
 """Without it a GPU may multiply float32 matrices as TF32, with 10-bit mantissas."""
 
-Position = int | Int[Array, ""]
+Position = int | Int[Array, ""] | Int[np.ndarray | Array, "T"]
+"""Of the first token given; or of each token, less its index, where some are left out."""
 
 
 class Attention(nnx.Module):

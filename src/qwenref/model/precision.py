@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
@@ -35,6 +35,7 @@ FORMATS = {
     "float16": Format(10, 2.0**-14, 65504.0),
     "bfloat16": Format(7, 0.0, (2 - 2.0**-7) * 2.0**127),
     "tf32": Format(10, 0.0, (2 - 2.0**-10) * 2.0**127),
+    "float32": Format(23, 0.0, (2 - 2.0**-23) * 2.0**127),
 }
 """IEEE 754 binary16; binary32 with a shorter mantissa. An exact value is not rounded at all."""
 
@@ -119,21 +120,49 @@ PRECISIONS = {
 """By the names that ``--dtype`` takes."""
 
 
+@jax.jit
 def rounded(x: Float[Array, "..."], to: Rounding) -> Float[Array, "..."]:
     """Round to nearest, ties to even, in one step from the dtype of `x`, and keep that dtype.
+
+    Written in lax, and a program of its own, since it is used so often: with jax.numpy it takes
+    three times as long to trace.
 
     Args:
         x: Float32 or float64; NaN and infinities stay.
         to: The format, for that dtype; traced, so that every format shares one compiled program.
     """
-    one = jnp.ones((), to.dropped.dtype)
-    bits = lax.bitcast_convert_type(x, one.dtype)
-    half = (one << to.dropped) >> one
-    some = jnp.minimum(half, one)  # 0 if nothing is dropped
-    odd = (bits >> to.dropped) & some  # a tie goes up, to the even neighbour, from an odd one only
-    kept = (bits + (half - some + odd)) & ~((one << to.dropped) - one)
+    dropped, quantum, smallest, largest = (lax.broadcast(field, x.shape) for field in to)
+    one = lax.full_like(dropped, 1)
+    step = lax.shift_left(one, dropped)  # one unit of the narrow format, in bits of the wide one
+    half = lax.shift_right_logical(step, one)
+    some = lax.min(half, one)  # 0 if nothing is dropped
+    bits = lax.bitcast_convert_type(x, dropped.dtype)
+    # a tie goes up, to the even neighbour, from an odd one only
+    odd = lax.bitwise_and(lax.shift_right_logical(bits, dropped), some)
+    up = lax.add(bits, lax.add(lax.sub(half, some), odd))
+    kept = lax.bitwise_and(up, lax.bitwise_not(lax.sub(step, one)))
     normal = lax.bitcast_convert_type(kept, x.dtype)
-    subnormal = lax.round(x / to.quantum, lax.RoundingMethod.TO_NEAREST_EVEN) * to.quantum
-    result = jnp.where(jnp.abs(x) < to.smallest, subnormal, normal)
-    result = jnp.where(jnp.abs(result) > to.largest, jnp.copysign(jnp.inf, result), result)
-    return jnp.where(jnp.isnan(x), x, result)
+    steps = lax.round(lax.div(x, quantum), lax.RoundingMethod.TO_NEAREST_EVEN)
+    result = lax.select(lax.lt(lax.abs(x), smallest), lax.mul(steps, quantum), normal)
+    infinities = lax.full_like(x, -np.inf), lax.full_like(x, np.inf)
+    infinite = lax.select(lax.lt(x, lax.full_like(x, 0)), *infinities)
+    result = lax.select(lax.gt(lax.abs(result), largest), infinite, result)
+    return lax.select(lax.ne(x, x), x, result)  # NaN stays
+
+
+def one_rounding(narrow: Format) -> float:
+    """Return the relative error of one rounding to a format, rms, of values of all magnitudes.
+
+    It is uniform within half a unit in the last place, 2**-mantissa / m of a value whose mantissa m
+    is distributed as 1/m in [1, 2): the mean of 1/m**2 is 3 / (8 ln 2).
+    """
+    return 2.0**-narrow.mantissa / 12**0.5 * (3 / 8 / np.log(2)) ** 0.5
+
+
+def nearest(values: np.ndarray, narrow: Format) -> np.ndarray:
+    """Round float64 values to a format as `rounded` does, but in NumPy, which compiles nothing."""
+    _, exponents = np.frexp(values)  # of |values| from 2**(exponent - 1) on
+    _, least = np.frexp(narrow.smallest or np.finfo(values.dtype).tiny)
+    steps = np.ldexp(1.0, np.maximum(exponents, least) - 1 - narrow.mantissa)
+    rounded = np.rint(values / steps) * steps
+    return np.where(np.abs(rounded) > narrow.largest, np.copysign(np.inf, rounded), rounded)
