@@ -1,0 +1,235 @@
+"""How far an array of a stage is from another: as a whole, and by block, head, token and element.
+
+A small slice is measured on the scale of its block (q, k, v, else the whole stage): its root mean
+square counts as at least that of the block, so that a head that is almost zero does not turn noise
+into an error.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, NamedTuple
+
+import msgspec
+import numpy as np
+
+from qwenref.stages import Stage
+
+MARGIN = 4.0
+"""Honest errors, and differences of two honest engines, are at most so many times their floor.
+
+The 1 - 1e-4 quantile of error / floor is 3.85, measured by scripts/measure_margin.py --engines 16.
+"""
+
+Error = Annotated[float, msgspec.Meta(ge=0)] | None
+"""Relative L2 of a difference: rms(difference) / rms(truth). None stands for no finite number."""
+
+
+class Errors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The errors of all slices of a stage.
+
+    Attributes:
+        whole: Of all values.
+        blocks: For each of `Stage.blocks`; empty if there are none.
+        heads: For each head; of q, k, v side by side N + 2K. Empty if there are none.
+        tokens: For each token, the worst of its blocks.
+        element: The largest single difference, on the scale of its token and head.
+    """
+
+    whole: Error
+    blocks: list[Error]
+    heads: list[Error]
+    tokens: list[Error]
+    element: Error
+
+
+class Sums(NamedTuple):
+    """What is left of a comparison, for each token and head: [T, J].
+
+    J is 1 for a stage without heads, and N + 2K for q, k, v side by side. Masked cells count for
+    nothing.
+    """
+
+    error: np.ndarray
+    """sums of squared differences"""
+    scale: np.ndarray
+    """sums of squares of the truth"""
+    largest: np.ndarray
+    """largest absolute differences"""
+    cells: np.ndarray
+    """numbers of values"""
+
+
+def sums_of(stage: Stage, truth: np.ndarray, difference: np.ndarray, head_dim: int) -> Sums:
+    """Sum up the difference of an array from the truth.
+
+    Args:
+        stage: Which stage both are, in the axes of `stage.axes`, for all tokens.
+        truth: Float64, finite but for masked cells.
+        difference: Float64, of that shape.
+        head_dim: H.
+    """
+    if stage.masked:
+        truth, difference = np.tril(truth), np.tril(difference)
+    truth, difference = (_cells(stage, values, head_dim) for values in (truth, difference))
+    T, J, width = truth.shape
+    visible = np.arange(1, T + 1) if stage.masked else np.full(T, width)
+    with np.errstate(over="ignore"):
+        return Sums(
+            error=np.einsum("tjc,tjc->tj", difference, difference),
+            scale=np.einsum("tjc,tjc->tj", truth, truth),
+            largest=np.abs(difference).max(axis=-1),
+            cells=np.broadcast_to(visible[:, None], (T, J)),
+        )
+
+
+def errors_of(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> Errors:
+    """Return the relative errors of all slices.
+
+    Args:
+        stage: Whose sums these are.
+        sums: What `sums_of` gave.
+        sizes: N and K.
+    """
+    return _errors(stage, *_ratios(stage, sums, sizes))
+
+
+def floors_of(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> Errors:
+    """Return what errors of all slices are normal, given one such error: as `errors_of`, but more.
+
+    The floor of a block is at least that of the whole, that of a head at least its block's, that of
+    a token or an element at least all blocks': else one draw of a small slice would exceed another
+    by hundreds. Three digits are kept.
+    """
+    whole, blocks, heads, tokens, element = _ratios(stage, sums, sizes)
+    blocks = np.maximum(blocks, whole)
+    heads = np.maximum(heads, blocks[_block_of_heads(stage, len(heads), sizes)])
+    tokens = np.maximum(tokens, blocks.max())
+    element = np.maximum(element, blocks.max())
+    return _errors(stage, *map(_three_digits, (whole, blocks, heads, tokens, element)))
+
+
+class Worst(NamedTuple):
+    """The slice whose error is the most times its floor.
+
+    Attributes:
+        ratio: How many times; infinite if there should be no error, or it is no finite number.
+        slice: ``heads``, ``tokens``, ``blocks``, ``element`` or ``whole``: of equals, the first.
+        which: The number of the head, token or block.
+    """
+
+    ratio: float
+    slice: str
+    which: int
+
+
+def worst_of(found: Errors, floors: Errors) -> Worst | None:
+    """Return the worst slice of a stage, None if none of them has a floor.
+
+    Args:
+        found: What was measured.
+        floors: As many of each as `found` has; a slice without a floor is not judged.
+    """
+    ratios = [
+        Worst(_times(error, floor), name, which)
+        for (name, which, error), (_, _, floor) in zip(_slices(found), _slices(floors), strict=True)
+        if floor is not None
+    ]
+    return max(ratios, key=lambda worst: worst.ratio, default=None)
+
+
+def _slices(errors: Errors) -> Iterator[tuple[str, int, Error]]:
+    for name in ("heads", "tokens", "blocks"):
+        for which, error in enumerate(getattr(errors, name)):
+            yield name, which, error
+    yield "element", 0, errors.element
+    yield "whole", 0, errors.whole
+
+
+def _times(error: Error, floor: float) -> float:
+    if error is None or (error and not floor):
+        return math.inf
+    return error / floor if error else 0.0
+
+
+def for_all_tokens(floors: Sequence[Error], positions: Sequence[int], T: int) -> list[Error]:
+    """Return the floors of T tokens, from those of the tokens at some positions.
+
+    Any other token has the largest of them, since some tokens are noisier than most.
+
+    Args:
+        floors: One for each of `positions`, which keep theirs; None for no finite number.
+        positions: Each below T.
+        T: How many tokens there are.
+    """
+    known = dict(zip(positions, floors, strict=True))
+    largest = _number(max(math.inf if floor is None else floor for floor in floors))
+    return [known.get(token, largest) for token in range(T)]
+
+
+@np.errstate(over="ignore")
+def _ratios(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> tuple[np.ndarray, ...]:
+    block = _block_of_heads(stage, sums.error.shape[1], sizes)
+    first_heads = np.unique(block, return_index=True)[1]
+    per_head = Sums(*(part.sum(axis=0) for part in sums))
+    per_block = Sums(*(np.add.reduceat(part, first_heads) for part in per_head))
+    per_token = Sums(*(np.add.reduceat(part, first_heads, axis=1) for part in sums))
+    mean_squares = per_block.scale / per_block.cells
+
+    def relative(part: Sums, least: np.ndarray | int = 0) -> np.ndarray:
+        scale = np.maximum(part.scale / part.cells, least)
+        return _ratio(part.error / part.cells, scale) ** 0.5
+
+    scales = np.maximum(sums.scale / sums.cells, mean_squares[block])
+    return (
+        relative(Sums(*(part.sum(keepdims=True) for part in per_head))),
+        relative(per_block),
+        relative(per_head, mean_squares[block]),
+        relative(per_token, mean_squares).max(axis=1),
+        _ratio(sums.largest, scales**0.5).reshape(-1).max(keepdims=True),
+    )
+
+
+def heads_in(stage: Stage, sizes: Mapping[str, int]) -> int:
+    """Return how many heads a stage has, 0 if none."""
+    if stage.blocks:
+        return sizes["N"] + 2 * sizes["K"]
+    return 0 if "D" in stage.axes else sizes["K" if "K" in stage.axes else "N"]
+
+
+def _block_of_heads(stage: Stage, heads: int, sizes: Mapping[str, int]) -> np.ndarray:
+    """Return the number of the block that each of the J heads is in."""
+    members = (sizes["N"], sizes["K"], sizes["K"]) if stage.blocks else (heads,)
+    return np.repeat(np.arange(len(members)), members)
+
+
+def _cells(stage: Stage, values: np.ndarray, head_dim: int) -> np.ndarray:
+    """Return the values of each token and head, [T, J, values]."""
+    if stage.axes[0] == "N":
+        return values.swapaxes(0, 1)
+    width = values.shape[-1] if "D" in stage.axes else head_dim
+    return values.reshape(len(values), -1, width)
+
+
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    """Divide; 0/0 is 0: no difference is none on any scale."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(part == 0, 0.0, part / whole)
+
+
+def _errors(stage: Stage, *ratios: np.ndarray) -> Errors:
+    (whole,), blocks, heads, tokens, (element,) = (map(_number, part) for part in ratios)
+    return Errors(
+        whole=whole,
+        blocks=[*blocks] if stage.blocks else [],
+        heads=[] if "D" in stage.axes else [*heads],
+        tokens=[*tokens],
+        element=element,
+    )
+
+
+def _three_digits(values: np.ndarray) -> np.ndarray:
+    return np.array([float(f"{value:.3g}") for value in values])
+
+
+def _number(value: float) -> Error:
+    return float(value) if np.isfinite(value) else None
