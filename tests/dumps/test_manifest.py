@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 from qwenref.dumps.manifest import (
     LIMIT,
     Manifest,
+    Noise,
     StageFile,
+    StageNoise,
     UsedConfig,
     Weights,
     read_manifest,
@@ -26,8 +28,17 @@ from qwenref.dumps.manifest import (
     write_manifest,
 )
 from qwenref.errors import QwenrefError
+from qwenref.metrics import Errors
 
 PRINT = "blake3:" + "0123456789abcdef" * 4
+
+FLOORS = {
+    "whole": 1.2e-7,
+    "blocks": [],
+    "heads": [1.3e-7, 1.2e-7, 1.2e-7, 1.2e-7, None, 1.2e-7],
+    "tokens": [1.2e-7, 0.5],
+    "element": None,
+}
 
 VALID: dict[str, Any] = {
     "schema": "qwenref-manifest-v1",
@@ -67,6 +78,16 @@ VALID: dict[str, Any] = {
             "fingerprint": PRINT,
         },
     ],
+    "noise": {
+        "tokens": [0, 2],
+        "stages": {
+            "q_post_rope": {
+                "accumulated": {"float32": FLOORS},
+                "local": {},
+                "inputs": {"float16": FLOORS},
+            },
+        },
+    },
 }
 
 TEXT = r"""{
@@ -85,7 +106,10 @@ TEXT = r"""{
   "stages": [
     {"stage":"q_post_rope","layer":0,"file":"layer-0/q_post_rope.bin","shape":[6,3,14],"axes":"N T H","fingerprint":"blake3:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"},
     {"stage":"final_norm","layer":null,"file":"final_norm.bin","shape":[3,84],"axes":"T D","fingerprint":"blake3:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"}
-  ]
+  ],
+  "noise": {"tokens": [0,2], "stages": {
+    "q_post_rope": {"accumulated":{"float32":{"whole":1.2e-7,"blocks":[],"heads":[1.3e-7,1.2e-7,1.2e-7,1.2e-7,null,1.2e-7],"tokens":[1.2e-7,0.5],"element":null}},"local":{},"inputs":{"float16":{"whole":1.2e-7,"blocks":[],"heads":[1.3e-7,1.2e-7,1.2e-7,1.2e-7,null,1.2e-7],"tokens":[1.2e-7,0.5],"element":null}}}
+  }}
 }
 """  # noqa: E501 - the lines are as long as the format makes them
 
@@ -148,6 +172,8 @@ def test_reading_gives_every_field(tmp_path: Path) -> None:
         StageFile("q_post_rope", 0, "layer-0/q_post_rope.bin", [6, 3, 14], "N T H", PRINT),
         StageFile("final_norm", None, "final_norm.bin", [3, 84], "T D", PRINT),
     ]
+    heads = [1.3e-7, 1.2e-7, 1.2e-7, 1.2e-7, None, 1.2e-7]
+    floors = Errors(1.2e-7, [], heads, [1.2e-7, 0.5], None)
     assert read_manifest(tmp_path) == Manifest(
         schema="qwenref-manifest-v1",
         engine="qwenref",
@@ -162,6 +188,9 @@ def test_reading_gives_every_field(tmp_path: Path) -> None:
         config=UsedConfig(84, 6, 2, 14, 1e-6, 1e6),
         weights=Weights({"0": PRINT}, PRINT, True),
         stages=stages,
+        noise=Noise(
+            [0, 2], {"q_post_rope": StageNoise({"float32": floors}, {}, {"float16": floors})}
+        ),
     )
 
 
@@ -285,6 +314,19 @@ MALFORMED = [
     ("stages.0.axes", "n t h", "stages[0].axes"),
     ("stages.0.axes", "N T H\n", "of axes N T H"),
     ("stages.0.axes", "N T H ", "stages[0].axes"),
+    ("noise", 1e-7, "noise"),
+    ("noise.tokens", [], "noise.tokens"),
+    ("noise.tokens", [2, 0], "tokens of noise"),
+    ("noise.tokens", [0, 1], "tokens of noise"),
+    ("noise.tokens", [1, 2], "tokens of noise"),
+    ("noise.tokens", [0, 2, 2], "tokens of noise"),
+    ("noise.tokens", [0, 1, 2], "noise of q_post_rope in float32"),
+    ("noise.stages", {"q_pre_rope": VALID["noise"]["stages"]["q_post_rope"]}, "q_pre_rope"),
+    ("noise.stages.q_post_rope.local", ..., "local"),
+    ("noise.stages.q_post_rope.local", {"float16": FLOORS | {"heads": []}}, "in float16"),
+    ("noise.stages.q_post_rope.local", {"float16": FLOORS | {"blocks": [1.0]}}, "in float16"),
+    ("noise.stages.q_post_rope.local", {"float16": FLOORS | {"whole": -1.0}}, "noise"),
+    ("noise.stages.q_post_rope.local", {"float16": FLOORS | {"whole": "1"}}, "noise"),
 ]
 
 
@@ -300,7 +342,12 @@ def test_a_malformed_field_is_refused_and_named(
     assert named in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("field", VALID)
+def test_an_earlier_dump_has_no_noise(tmp_path: Path) -> None:
+    put(tmp_path, json.dumps(changed("noise", ...)).encode())
+    assert read_manifest(tmp_path).noise is None
+
+
+@pytest.mark.parametrize("field", sorted(VALID.keys() - {"noise"}))
 def test_every_field_is_required_and_named_when_missing(tmp_path: Path, field: str) -> None:
     put(tmp_path, json.dumps(changed(field, ...)).encode())
     assert f"missing required field `{field}`" in refusal(tmp_path)

@@ -4,6 +4,7 @@ There is no clock and no path in it: the same run gives the same bytes.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,8 @@ import msgspec
 from qwenref.dumps.aprt import MAX_VALUES
 from qwenref.errors import QwenrefError
 from qwenref.files import parse_json, read_bounded
+from qwenref.metrics import Errors, heads_in
+from qwenref.stages import ATTENTION, BY_NAME
 
 NAME = "manifest.json"
 LIMIT = 1 << 26
@@ -19,6 +22,7 @@ LIMIT = 1 << 26
 
 _Fingerprint = Annotated[str, msgspec.Meta(pattern="^blake3:[0-9a-f]{64}$", max_length=71)]
 _Layer = Annotated[int, msgspec.Meta(ge=0, lt=MAX_VALUES)]
+_Token = Annotated[int, msgspec.Meta(ge=0, le=MAX_VALUES)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_VALUES)]
 
 
@@ -67,6 +71,32 @@ class StageFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fingerprint: _Fingerprint
 
 
+class StageNoise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The noise floor of one stage, by precision class; `qwenref.noise` has the definition.
+
+    Attributes:
+        accumulated: Of a chain of its own.
+        local: Of one stage from exact inputs.
+        inputs: Of one exact stage from inputs rounded to float32, float16 or bfloat16.
+    """
+
+    accumulated: dict[str, Errors]
+    local: dict[str, Errors]
+    inputs: dict[str, Errors]
+
+
+class Noise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The noise floor of a dump.
+
+    Attributes:
+        tokens: The positions that it was computed for, in order; all of them if there are few.
+        stages: By the stage's name.
+    """
+
+    tokens: Annotated[list[_Token], msgspec.Meta(min_length=1)]
+    stages: dict[str, StageNoise]
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """The whole file.
 
@@ -84,6 +114,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         config: What the stages depend on besides weights and tokens.
         weights: Their fingerprints.
         stages: The files, in the order in which they were computed.
+        noise: How much error is innocent, if that was computed.
     """
 
     schema: Literal["qwenref-manifest-v1"]
@@ -94,11 +125,12 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     layout: Literal["apr", "hf"]
     model: str
     prompt: str | None
-    tokens: list[Annotated[int, msgspec.Meta(ge=0, le=MAX_VALUES)]] | None
+    tokens: list[_Token] | None
     input: _Fingerprint | None
     config: UsedConfig
     weights: Weights
     stages: list[StageFile]
+    noise: Noise | None = None
 
     def to_json(self) -> str:
         """Return the text of manifest.json: one line for each field, and for each stage."""
@@ -106,6 +138,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         for field, value in msgspec.to_builtins(self).items():
             if field == "stages":
                 text = "[\n    " + ",\n    ".join(map(_json, value)) + "\n  ]"
+            elif field == "noise" and value is not None:
+                floors = [f'"{name}": {_json(floor)}' for name, floor in value["stages"].items()]
+                text = f'{{"tokens": {_json(value["tokens"])}, "stages": {{\n    '
+                text += ",\n    ".join(floors) + "\n  }}"
             else:
                 text = _json(value)
             lines.append(f'  "{field}": {text}')
@@ -172,4 +208,22 @@ def _consistent(manifest: Manifest) -> Manifest:
             raise ValueError(f"{stage.stage} cannot have shape {stage.shape} of axes {stage.axes}")
         if math.prod(stage.shape) > MAX_VALUES:
             raise ValueError(f"{stage.stage} of shape {stage.shape} does not fit an APRT file")
+    if manifest.noise is not None:
+        _check_noise(manifest, manifest.noise, sizes)
     return manifest
+
+
+def _check_noise(manifest: Manifest, noise: Noise, sizes: Mapping[str, int]) -> None:
+    listed = {stage.stage for stage in manifest.stages} & {stage.name for stage in ATTENTION}
+    tokens = noise.tokens
+    if tokens != sorted(set(tokens)) or [tokens[0], tokens[-1] + 1] != [0, sizes.get("T")]:
+        raise ValueError("the tokens of noise are not some of the prompt's, from first to last")
+    for name, floor in noise.stages.items():
+        if name not in listed:
+            raise ValueError(f"noise has a stage {name!r}, and there is no such file")
+        stage = BY_NAME[name]
+        wanted = len(stage.blocks), heads_in(stage, sizes), len(tokens)
+        for part in (floor.accumulated, floor.local, floor.inputs):
+            for of, errors in part.items():
+                if (len(errors.blocks), len(errors.heads), len(errors.tokens)) != wanted:
+                    raise ValueError(f"noise of {name} in {of} has too many or too few slices")
