@@ -2,7 +2,8 @@
 
     python scripts/bench_capture.py MODEL --tokens 7 3000 --stages attn_out --pieces 2 3 4
 
-Runs alternate, so that a change of the machine's mood hits all of them; figures are medians.
+Without the noise floor. Runs alternate, so that a change of the machine's mood hits all of them;
+figures are medians.
 """
 
 import argparse
@@ -66,7 +67,7 @@ def main() -> None:
             T, dtype, stages, piece = case
             ids.write_text(str([token % 300 for token in range(T)]))
             options = ["--model", asked.model, "--tokens", f"@{ids}", "--stages", stages]
-            options += ["--dtype", dtype, "-o", f"{scratch}/dump", "--force"]
+            options += ["--dtype", dtype, "-o", f"{scratch}/dump", "--force", "--no-noise"]
             found[case].append(measure(options, piece << 20))
     print("tokens  dtype    stages    MiB  seconds (min to max)   peak MB")
     for (T, dtype, stages, piece), runs in found.items():

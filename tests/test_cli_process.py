@@ -80,7 +80,7 @@ def test_json_prints_exactly_the_text_of_the_manifest(healthy: Healthy) -> None:
 
 
 def test_no_terminal_codes_without_a_terminal(healthy: Healthy) -> None:
-    assert healthy.table.out.count("\n") == 11  # title, heading, nine stages
+    assert healthy.table.out.count("\n") == 12  # title, heading, nine stages, what is normal
     for text in (*healthy.table[1:], *healthy.json[1:]):
         assert all(character.isprintable() or character == "\n" for character in text)
 

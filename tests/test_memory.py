@@ -1,4 +1,7 @@
-"""Peak memory of a whole `qwenref capture`: weights in compute dtype + outputs + 350 MB."""
+"""Peak memory of a whole `qwenref capture`: weights in compute dtype + outputs + 350 MB.
+
+The noise floor takes the projections in float64 besides, and 100 MB.
+"""
 
 import math
 from dataclasses import replace
@@ -15,6 +18,8 @@ from qwenref.model.weights import attention_tensors
 BASELINE = 350e6
 """From the issue that asked for it; JAX and flax alone, with one compiled product, take 230 MB."""
 
+NOISE = 100e6
+"""Measured: 37 to 72 MB for compiled programs and the arrays of 64 tokens."""
 
 WIDE = Shape(4096, 32, 8, 16, 1, 320)
 LONG = replace(FAMILY["0.5b"], num_hidden_layers=1, vocab_size=320)
@@ -50,9 +55,13 @@ def test_only_the_layers_weights_and_what_a_piece_needs_are_held(
     write(model, shape, dtype=stored)
     ids.write_text(f"{[9] * T}")
     options = ["--model", str(model), "-o", str(output), "--tokens", f"@{ids}"]
-    peak = measure([*options, "--dtype", computed, "--stages", stages]).bytes
-    tensors = attention_tensors(Checkpoint(model).config, 0).values()
-    values = sum(math.prod(tensor.shape) for tensor in tensors)
+    options += ["--dtype", computed, "--stages", stages, "--force"]
+    peak = measure([*options, "--no-noise"]).bytes
+    config = Checkpoint(model).config
+    values = sum(math.prod(tensor.shape) for tensor in attention_tensors(config, 0).values())
     outputs = sum(file.stat().st_size for file in output.rglob("*.bin"))
     assert outputs > 0
-    assert peak <= values * np.dtype(computed).itemsize + outputs + BASELINE
+    promised = values * np.dtype(computed).itemsize + outputs + BASELINE
+    assert peak <= promised
+    projections = config.sizes["F"] * config.sizes["D"] * 8
+    assert measure(options).bytes <= promised + projections + NOISE

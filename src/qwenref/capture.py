@@ -23,6 +23,7 @@ from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
 from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
 from qwenref.model.weights import check_tensors, read_attention, read_embedding
+from qwenref.noise import noise_floor
 from qwenref.oracle import computing
 from qwenref.stages import ATTENTION, EMBEDDING, Stage
 
@@ -66,6 +67,7 @@ def capture(
     layout: str = "apr",
     residual: Path | None = None,
     force: bool = False,
+    noise: bool = True,
     progress: Callable[[str], object] = lambda _: None,
 ) -> Captured:
     """Compute stages of one layer and write them as a dump directory.
@@ -82,6 +84,7 @@ def capture(
         layout: "apr" or "hf", see `qwenref.dumps.layout`.
         residual: An APRT file [T, D]: the residual stream that enters the layer.
         force: Whether to replace a dump that `output` holds.
+        noise: Whether to compute the noise floor too.
         progress: Called with the name of each step before it begins.
 
     Raises:
@@ -122,6 +125,11 @@ def capture(
                     writers[stage] = files.enter_context(writer)
                 writers[stage].write(values, first)
             written = [writer.finish() for writer in writers.values()]
+        floor = None
+        judged = [stage for stage in stages if stage != EMBEDDING]
+        if noise and judged:
+            progress("computing the noise floor")
+            floor = noise_floor(config, weights, rows, judged)
         made = manifest.write_manifest(
             folder,
             engine="qwenref",
@@ -141,6 +149,7 @@ def capture(
                 biases=weights.q_bias is not None,
             ),
             stages=[stage.file for stage in written],
+            noise=floor,
         )
     return Captured(output, made, written)
 

@@ -139,6 +139,9 @@ def capture(
     force: Annotated[
         bool, typer.Option("--force", help="Replace a dump of qwenref that is already there.")
     ] = False,
+    no_noise: Annotated[
+        bool, typer.Option("--no-noise", help="Do not compute how much error is normal.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the manifest, as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No table, no progress.")] = False,
 ) -> None:
@@ -164,6 +167,7 @@ def capture(
                 layout=layout,
                 residual=residual,
                 force=force,
+                noise=not no_noise,
                 progress=progress,
             )
     for stage in done.written:
@@ -207,12 +211,20 @@ def _table(done: "Captured", residual: Path | None) -> str:
     start = "" if made.prompt is None else f" of {short(made.prompt)}"
     start += "" if residual is None else f" entering from {residual}"
     title = f"{made.model}, layer {first.layer}, {T} tokens{start}, {made.dtype} on {made.device}"
-    rows = [("stage", "shape", "rms", "file")]
-    rows += [
-        (s.file.stage, str(s.file.shape), f"{s.rms:.3e}", str(done.directory / s.file.file))
-        for s in done.written
-    ]
-    stage, shape = (max(len(row[column]) for row in rows) for column in (0, 1))
+    floors = {} if made.noise is None else made.noise.stages
+    classes = ("float32", "float16", "bfloat16") if floors else ()
+    rows = [("stage", "shape", "rms", *classes, f"file in {done.directory}")]
+    for stage in done.written:
+        floor = floors.get(stage.file.stage)
+        errors = [floor and floor.accumulated[name].whole for name in classes]
+        normal = ["-" if error is None else f"{error:.1e}" for error in errors]
+        file = stage.file
+        rows.append((file.stage, str(file.shape), f"{stage.rms:.3e}", *normal, file.file))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [title]
-    lines += [f"{row[0]:{stage}}  {row[1]:{shape}}  {row[2]:9}  {row[3]}" for row in rows]
+    lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+    if floors:
+        lines.append(
+            f"{', '.join(classes)}: how large a relative L2 error is normal there, for this prompt"
+        )
     return "\n".join(printable(line) for line in lines)
