@@ -12,6 +12,8 @@ from helpers import ROOT
 from write_schemas import CONTRACTS, schemas
 
 from qwenref.dumps import aprt
+from qwenref.metrics import MARGIN
+from qwenref.noise import CLASSES, DUMPED, MOST_TOKENS, WINDOW
 from qwenref.stages import ATTENTION, BY_NAME, RESIDUAL
 
 CONTRACT_FILES = sorted(CONTRACTS.glob("*.yaml"))
@@ -73,13 +75,23 @@ def shape(text: str) -> tuple[str, ...]:
 
 def test_the_stages_contract_is_the_table_in_code() -> None:
     equations = load("stages-v1.yaml")["equations"]
-    assert list(equations) == [stage.name for stage in ATTENTION]
+    assert list(equations)[: len(ATTENTION)] == [stage.name for stage in ATTENTION]
     for stage in ATTENTION:
         assert shape(equations[stage.name]["codomain"]) == stage.axes
         sources = re.findall(r"(\w+) (\[[A-Z,]+\])", equations[stage.name]["domain"])
         assert tuple(name for name, _ in sources) == stage.computed_from
         for name, axes in sources:
             assert shape(axes) == (("T", "D") if name == RESIDUAL else BY_NAME[name].axes)
+
+
+def test_the_noise_floor_of_the_contract_is_that_in_code() -> None:
+    equations = load("stages-v1.yaml")["equations"]
+    assert f"<= {MARGIN:g} * floor" in equations["margin"]["formula"]
+    assert all(name in equations["floor"]["domain"] for name in CLASSES)
+    assert f"rounded to {', '.join(DUMPED[:2])} or {DUMPED[2]}" in equations["floor"]["codomain"]
+    sampled = equations["sampled_tokens"]["formula"]
+    assert f"up to {MOST_TOKENS}" in sampled
+    assert f"{MOST_TOKENS // WINDOW} windows of {WINDOW} neighbours" in sampled
 
 
 def test_the_aprt_contract_is_the_header_in_code() -> None:

@@ -66,7 +66,7 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert f"({command})" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("option", re.findall(r"`(--[a-z]+)", README))
+@pytest.mark.parametrize("option", re.findall(r"`(--[a-z-]+)", README))
 def test_every_option_the_readme_names_exists(option: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "qwenref", "capture", "--help"], capture_output=True, text=True
