@@ -42,6 +42,7 @@ CLASSES = {
     "bfloat16-operands": Rounds(operands="bfloat16"),
     "tf32-operands": Rounds(operands="tf32"),
 }
+"""The precision classes, by their names in a manifest."""
 
 PRODUCTS = {"qkv_matmul", "attn_scores", "attention", "attn_out"}
 """The stages whose inputs are operands of a product."""
