@@ -184,6 +184,8 @@ class _Layer:
         rounds_weights = rounds.results != "exact" or stage.name in PRODUCTS
         weights = added.weights if rounds_weights and self.stored > narrow.mantissa else 0
         scale = one_rounding(narrow) * np.hypot(inner, weights)
+        if not np.any(scale):
+            return added.float32
         drawn = generator(stage.name, name).standard_normal(added.float32.shape)
         return added.float32 + scale * drawn
 
