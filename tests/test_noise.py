@@ -59,11 +59,13 @@ def measured(directory: Path, tokens: list[int], theirs: Arrays) -> dict[str, Er
 
 
 def ratios(found: dict[str, Errors], floor: Noise, precision: str) -> dict[str, float]:
-    worst = {
-        name: worst_of(errors, floor.stages[name].accumulated[precision])
-        for name, errors in found.items()
-    }
-    return {name: of.ratio for name, of in worst.items() if of is not None}
+    """Return the worst ratio of each stage, all of which have a floor."""
+    result = {}
+    for name, errors in found.items():
+        worst = worst_of(errors, floor.stages[name].accumulated[precision])
+        assert worst is not None
+        result[name] = worst.ratio
+    return result
 
 
 def dumped(name: str) -> Arrays:
@@ -318,6 +320,15 @@ def test_what_overflows_has_no_floor(tmp_path: Path) -> None:
     assert scores["float16"] == nothing
     assert scores["bfloat16"].whole is not None
     assert scores["bfloat16"].whole < 0.1
+
+
+def test_a_stream_whose_squares_overflow_has_no_floor_and_no_warning() -> None:
+    checkpoint = Checkpoint(TINY)
+    weights, _ = read_attention(checkpoint, 1)
+    rows = np.full((3, 84), 1e30, np.float32)
+    floor = noise_floor(checkpoint.config, weights, rows, [BY_NAME["attn_norm"]])
+    assert floor.stages["attn_norm"].accumulated["float32"].whole is None
+    assert floor.stages["attn_norm"].inputs["float32"].whole is not None
 
 
 def test_the_manifest_holds_the_floor_of_what_was_captured(cli: Cli) -> None:
