@@ -49,8 +49,10 @@ def ratios(directory: Path, T: int) -> Iterator[tuple[str, list[float], float]]:
             floors = floor.stages[stage.name].accumulated[dtype]
             every = for_all_tokens(floors.tokens, floor.tokens, T)
             judged = worst_of(errors, msgspec.structs.replace(floors, tokens=every))
+            if judged is None:
+                raise ValueError(f"{stage.name} has no floor in {dtype}")
             wholes.append((errors.whole or np.nan) / (floors.whole or np.nan))
-            worst = max(worst, judged.ratio if judged else 0.0)
+            worst = max(worst, judged.ratio)
         yield dtype, wholes, worst
 
 

@@ -114,8 +114,8 @@ class Prompt:
         floors = (noise.local if kind == "local" else noise.accumulated)[precision]
         every = for_all_tokens(floors.tokens, self.floor.tokens, len(self.rows))
         worst = worst_of(found, msgspec.structs.replace(floors, tokens=every))
-        if worst is None:
-            return Ratio(0, kind, precision, "")
+        if worst is None:  # counted as 0, it would pass for an honest one
+            raise ValueError(f"{stage.name} has no floor in {precision}; {self.name}")
         place = f"{stage.name}, {worst.slice} {worst.which}; {self.name}"
         return Ratio(worst.ratio, kind, precision, place)
 
