@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import numpy as np
 from make_tiny_checkpoint import Shape, write
 
@@ -47,8 +46,7 @@ def ratios(directory: Path, T: int) -> Iterator[tuple[str, list[float], float]]:
             exact, found = (getattr(of, stage.name).astype(np.float64) for of in (truth, run))
             errors = errors_of(stage, sums_of(stage, exact, found - exact, sizes["H"]), sizes)
             floors = floor.stages[stage.name].accumulated[dtype]
-            every = for_all_tokens(floors.tokens, floor.tokens, T)
-            judged = worst_of(errors, msgspec.structs.replace(floors, tokens=every))
+            judged = worst_of(errors, for_all_tokens(floors, floor.tokens, T))
             if judged is None:
                 raise ValueError(f"{stage.name} has no floor in {dtype}")
             wholes.append((errors.whole or np.nan) / (floors.whole or np.nan))

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import msgspec
 import numpy as np
 from honest_engines import HonestEngine, draw_habits
 from make_tiny_checkpoint import Shape, write
@@ -112,8 +111,8 @@ class Prompt:
         found = errors_of(stage, sums_of(stage, truth, array - truth, sizes["H"]), sizes)
         noise = self.floor.stages[stage.name]
         floors = (noise.local if kind == "local" else noise.accumulated)[precision]
-        every = for_all_tokens(floors.tokens, self.floor.tokens, len(self.rows))
-        worst = worst_of(found, msgspec.structs.replace(floors, tokens=every))
+        every = for_all_tokens(floors, self.floor.tokens, len(self.rows))
+        worst = worst_of(found, every)
         if worst is None:  # counted as 0, it would pass for an honest one
             raise ValueError(f"{stage.name} has no floor in {precision}; {self.name}")
         place = f"{stage.name}, {worst.slice} {worst.which}; {self.name}"

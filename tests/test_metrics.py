@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qwenref.metrics import Errors, errors_of, floors_of, for_all_tokens, sums_of, worst_of
+from qwenref.metrics import Errors, Sums, errors_of, floors_of, for_all_tokens, sums_of, worst_of
 from qwenref.stages import ATTENTION, BY_NAME, Stage
 
 BLOCKED = ("qkv_matmul", "qkv_bias")
@@ -48,13 +48,16 @@ class Rows(NamedTuple):
     truth: np.ndarray
     off: np.ndarray
 
-    def errors(self, of: Callable[..., Errors] = errors_of) -> Errors:
+    def sums(self) -> Sums:
         truth, off = self.truth, self.off
         if self.stage.name in MASKED:
             truth, off = truth.swapaxes(0, 1), off.swapaxes(0, 1)
         elif len(self.stage.axes) == 2:
             truth, off = truth.reshape(self.sizes.T, -1), off.reshape(self.sizes.T, -1)
-        return of(self.stage, sums_of(self.stage, truth, off, self.sizes.H), self.sizes._asdict())
+        return sums_of(self.stage, truth, off, self.sizes.H)
+
+    def errors(self, of: Callable[..., Errors] = errors_of) -> Errors:
+        return of(self.stage, self.sums(), self.sizes._asdict())
 
 
 def drawn(stage: Stage, sizes: Sizes = AWKWARD, seed: int = 0, uneven: bool = False) -> Rows:
@@ -251,4 +254,20 @@ def test_a_token_left_out_has_the_largest_floor(data: st.DataObject, T: int):
     positions = sorted(data.draw(st.sets(st.integers(0, T - 1), min_size=1)))
     known = {position: data.draw(NUMBERS) for position in positions}
     expected = [known.get(token, worst([*known.values()])) for token in range(T)]
-    assert for_all_tokens(list(known.values()), positions, T) == expected
+    floors = Errors(1e-7, [2e-7], [3e-7], [*known.values()], 4e-7)
+    spread = for_all_tokens(floors, positions, T)
+    assert spread == msgspec.structs.replace(floors, tokens=expected)
+
+
+@every_stage
+@settings(max_examples=8)
+@given(SIZES, SEEDS)
+def test_of_two_scales_the_smaller_one_counts(stage: Stage, sizes: Sizes, seed: int):
+    rows = drawn(stage, sizes, seed, uneven=True)
+    sums = rows.sums()
+    alone = errors_of(stage, sums, sizes._asdict())
+    for other in (sums.scale, 4 * sums.scale):
+        both = sums._replace(scale=np.concatenate([sums.scale, other]))
+        assert errors_of(stage, both, sizes._asdict()) == alone
+        swapped = both._replace(scale=both.scale[::-1])
+        assert errors_of(stage, swapped, sizes._asdict()) == alone

@@ -1,6 +1,7 @@
 """How far an array of a stage is from another: as a whole, and by block, head, token and element.
 
-A small slice is measured on the scale of its block (q, k, v, else the whole stage): its root mean
+An error is relative to the truth, or, of two dumps of which neither is it, to the smaller one. A
+small slice is measured on the scale of its block (q, k, v, else the whole stage): its root mean
 square counts as at least that of the block, so that a head that is almost zero does not turn noise
 into an error.
 """
@@ -21,7 +22,7 @@ The 1 - 1e-4 quantile of error / floor is 3.85, measured by scripts/measure_marg
 """
 
 Error = Annotated[float, msgspec.Meta(ge=0)] | None
-"""Relative L2 of a difference: rms(difference) / rms(truth). None stands for no finite number."""
+"""Relative L2 of a difference: rms(difference) / rms(truth). None: no finite number."""
 
 
 class Errors(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -52,7 +53,8 @@ class Sums(NamedTuple):
     error: np.ndarray
     """sums of squared differences"""
     scale: np.ndarray
-    """sums of squares of the truth"""
+    """sums of squares, [1, T, J] of the truth, or [2, T, J] of both where neither is it: of two
+    scales the smaller one counts"""
     largest: np.ndarray
     """largest absolute differences"""
     cells: np.ndarray
@@ -76,7 +78,7 @@ def sums_of(stage: Stage, truth: np.ndarray, difference: np.ndarray, head_dim: i
     with np.errstate(over="ignore"):
         return Sums(
             error=np.einsum("tjc,tjc->tj", difference, difference),
-            scale=np.einsum("tjc,tjc->tj", truth, truth),
+            scale=np.einsum("tjc,tjc->tj", truth, truth)[None],
             largest=np.abs(difference).max(axis=-1),
             cells=np.broadcast_to(visible[:, None], (T, J)),
         )
@@ -151,41 +153,44 @@ def _times(error: Error, floor: float) -> float:
     return error / floor if error else 0.0
 
 
-def for_all_tokens(floors: Sequence[Error], positions: Sequence[int], T: int) -> list[Error]:
-    """Return the floors of T tokens, from those of the tokens at some positions.
+def for_all_tokens(floors: Errors, positions: Sequence[int], T: int) -> Errors:
+    """Return the floors of a stage of T tokens, from floors of the tokens at some positions.
 
     Any other token has the largest of them, since some tokens are noisier than most.
 
     Args:
-        floors: One for each of `positions`, which keep theirs; None for no finite number.
+        floors: Those of `tokens` are one for each of `positions`, which keep theirs.
         positions: Each below T.
         T: How many tokens there are.
     """
-    known = dict(zip(positions, floors, strict=True))
-    largest = _number(max(math.inf if floor is None else floor for floor in floors))
-    return [known.get(token, largest) for token in range(T)]
+    known = dict(zip(positions, floors.tokens, strict=True))
+    largest = _number(max(math.inf if floor is None else floor for floor in floors.tokens))
+    tokens = [known.get(token, largest) for token in range(T)]
+    return msgspec.structs.replace(floors, tokens=tokens)
 
 
 @np.errstate(over="ignore")
 def _ratios(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> tuple[np.ndarray, ...]:
     block = _block_of_heads(stage, sums.error.shape[1], sizes)
     first_heads = np.unique(block, return_index=True)[1]
-    per_head = Sums(*(part.sum(axis=0) for part in sums))
-    per_block = Sums(*(np.add.reduceat(part, first_heads) for part in per_head))
-    per_token = Sums(*(np.add.reduceat(part, first_heads, axis=1) for part in sums))
+    per_head = Sums(*(part.sum(axis=-2) for part in sums))
+    per_block = Sums(*(np.add.reduceat(part, first_heads, axis=-1) for part in per_head))
+    per_token = Sums(*(np.add.reduceat(part, first_heads, axis=-1) for part in sums))
     mean_squares = per_block.scale / per_block.cells
 
-    def relative(part: Sums, least: np.ndarray | int = 0) -> np.ndarray:
-        scale = np.maximum(part.scale / part.cells, least)
-        return _ratio(part.error / part.cells, scale) ** 0.5
+    def scales(part: Sums, least: np.ndarray | int) -> np.ndarray:
+        return np.maximum(part.scale / part.cells, least).min(axis=0)
 
-    scales = np.maximum(sums.scale / sums.cells, mean_squares[block])
+    def relative(part: Sums, least: np.ndarray | int = 0) -> np.ndarray:
+        return _ratio(part.error / part.cells, scales(part, least)) ** 0.5
+
+    of_heads = mean_squares[:, block]
     return (
-        relative(Sums(*(part.sum(keepdims=True) for part in per_head))),
+        relative(Sums(*(part.sum(axis=-1, keepdims=True) for part in per_head))),
         relative(per_block),
-        relative(per_head, mean_squares[block]),
-        relative(per_token, mean_squares).max(axis=1),
-        _ratio(sums.largest, scales**0.5).reshape(-1).max(keepdims=True),
+        relative(per_head, of_heads),
+        relative(per_token, mean_squares[:, None]).max(axis=1),
+        _ratio(sums.largest, scales(sums, of_heads[:, None]) ** 0.5).reshape(-1).max(keepdims=True),
     )
 
 

@@ -9,9 +9,10 @@ No name, shape or dtype: the stage is in the path, all else in the manifest. con
 is the normative text.
 """
 
+import os
 import struct
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from blake3 import blake3
@@ -51,27 +52,38 @@ def read_aprt(path: str | Path) -> Aprt:
     try:
         require_regular(path)
         with path.open("rb") as file:
-            size = path.stat().st_size
-            header = file.read(HEADER.size)
-            if len(header) < HEADER.size:
-                raise QwenrefError(f"{path} has {size} bytes; an APRT header alone has 12")
-            magic, layer, count = HEADER.unpack(header)
-            if magic != MAGIC:
-                raise QwenrefError(
-                    f"{path} is not an APRT file: it begins with {magic!r}, not with {MAGIC!r}"
-                )
-            expected = HEADER.size + VALUE.itemsize * count
-            if size != expected:
-                raise QwenrefError(
-                    f"{path} has {size} bytes, but its header promises {count} values: "
-                    f"{expected} bytes; it is truncated, or another kind of file"
-                )
+            layer, count = read_header(file, path)
             values = np.fromfile(file, VALUE, count)
     except OSError as error:
         raise QwenrefError(f"cannot read {path}: {reason(error)}") from error
     if values.size != count:
         raise QwenrefError(f"{path} shrank while it was read")
-    return Aprt(None if layer == WHOLE_MODEL else layer, values)
+    return Aprt(layer, values)
+
+
+def read_header(file: BinaryIO, path: Path) -> tuple[int | None, int]:
+    """Return layer (None for a whole-model stage) and count of an APRT file open at its start.
+
+    Raises:
+        QwenrefError: As `read_aprt`.
+        OSError: The file cannot be read.
+    """
+    size = os.fstat(file.fileno()).st_size
+    header = file.read(HEADER.size)
+    if len(header) < HEADER.size:
+        raise QwenrefError(f"{path} has {size} bytes; an APRT header alone has 12")
+    magic, layer, count = HEADER.unpack(header)
+    if magic != MAGIC:
+        raise QwenrefError(
+            f"{path} is not an APRT file: it begins with {magic!r}, not with {MAGIC!r}"
+        )
+    expected = HEADER.size + VALUE.itemsize * count
+    if size != expected:
+        raise QwenrefError(
+            f"{path} has {size} bytes, but its header promises {count} values: {expected} bytes; "
+            "it is truncated, or another kind of file"
+        )
+    return None if layer == WHOLE_MODEL else layer, count
 
 
 class AprtWriter:
