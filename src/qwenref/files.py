@@ -1,6 +1,8 @@
 """Reading small files of unknown origin."""
 
+import os
 from pathlib import Path
+from types import GenericAlias
 from typing import TypeVar
 
 import msgspec
@@ -34,7 +36,7 @@ def read_bounded(path: Path, limit: int) -> bytes:
     return content
 
 
-def parse_json(path: Path, content: bytes, type_: type[Parsed]) -> Parsed:
+def parse_json(path: Path, content: bytes, type_: type[Parsed] | GenericAlias) -> Parsed:
     """Return the content of a JSON file as `type_`, which it must match.
 
     Raises:
@@ -51,3 +53,23 @@ def parse_json(path: Path, content: bytes, type_: type[Parsed]) -> Parsed:
 def reason(error: Exception) -> str:
     """Return what the operating system says, without the path that the caller already names."""
     return getattr(error, "strerror", None) or str(error)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a regular file, or replace it: built aside and renamed, so that it is never half there.
+
+    Raises:
+        QwenrefError: It cannot be written; what was there is left.
+    """
+    try:
+        target = path.resolve()
+        if target.exists() and not target.is_file():
+            raise QwenrefError(f"cannot write {path}: it is not a regular file")
+        aside = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            aside.write_bytes(content)
+            aside.replace(target)
+        finally:
+            aside.unlink(missing_ok=True)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
+        raise QwenrefError(f"cannot write {path}: {reason(error)}") from error
