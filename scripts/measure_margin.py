@@ -72,7 +72,7 @@ class Prompt:
         checkpoint = Checkpoint(directory)
         self.name = f"{name}, T={T}"
         self.config = checkpoint.config
-        self.weights = _weights(checkpoint, case)
+        self.weights = weights_of(checkpoint, case)
         tokens = np.random.default_rng(seed).integers(0, 320, T).tolist()
         rows, _ = read_embedding(checkpoint, tokens)
         self.rows = rows.astype(np.float32)
@@ -119,7 +119,8 @@ class Prompt:
         return Ratio(worst.ratio, kind, precision, place)
 
 
-def _weights(checkpoint: Checkpoint, case: Case) -> AttentionWeights:
+def weights_of(checkpoint: Checkpoint, case: Case) -> AttentionWeights:
+    """Return the weights of layer 0 of a case."""
     weights, _ = read_attention(checkpoint, 0)
     if case.huge_biases:
         np.asarray(weights.q_bias)[:] *= 3

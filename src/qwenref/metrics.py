@@ -95,6 +95,13 @@ def errors_of(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> Errors:
     return _errors(stage, *_ratios(stage, sums, sizes))
 
 
+def worst_element_of(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """Return token and head of the element that is the most off: `Errors.element`."""
+    *_, elements = _ratios(stage, sums, sizes)
+    token, head = np.unravel_index(np.argmax(elements), sums.error.shape)
+    return int(token), int(head)
+
+
 def floors_of(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> Errors:
     """Return what errors of all slices are normal, given one such error: as `errors_of`, but more.
 
@@ -102,12 +109,12 @@ def floors_of(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> Errors:
     a token or an element at least all blocks': else one draw of a small slice would exceed another
     by hundreds. Three digits are kept.
     """
-    whole, blocks, heads, tokens, element = _ratios(stage, sums, sizes)
+    whole, blocks, heads, tokens, elements = _ratios(stage, sums, sizes)
     blocks = np.maximum(blocks, whole)
     heads = np.maximum(heads, blocks[_block_of_heads(stage, len(heads), sizes)])
     tokens = np.maximum(tokens, blocks.max())
-    element = np.maximum(element, blocks.max())
-    return _errors(stage, *map(_three_digits, (whole, blocks, heads, tokens, element)))
+    elements = np.maximum(elements.max(keepdims=True), blocks.max())
+    return _errors(stage, *map(_three_digits, (whole, blocks, heads, tokens, elements)))
 
 
 class Worst(NamedTuple):
@@ -190,7 +197,7 @@ def _ratios(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> tuple[np.ndar
         relative(per_block),
         relative(per_head, of_heads),
         relative(per_token, mean_squares[:, None]).max(axis=1),
-        _ratio(sums.largest, scales(sums, of_heads[:, None]) ** 0.5).reshape(-1).max(keepdims=True),
+        _ratio(sums.largest, scales(sums, of_heads[:, None]) ** 0.5).reshape(-1),
     )
 
 
@@ -222,13 +229,14 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 
 def _errors(stage: Stage, *ratios: np.ndarray) -> Errors:
-    (whole,), blocks, heads, tokens, (element,) = (map(_number, part) for part in ratios)
+    *lists, elements = ratios
+    (whole,), blocks, heads, tokens = (map(_number, part) for part in lists)
     return Errors(
         whole=whole,
         blocks=[*blocks] if stage.blocks else [],
         heads=[] if "D" in stage.axes else [*heads],
         tokens=[*tokens],
-        element=element,
+        element=_number(elements.max()),
     )
 
 

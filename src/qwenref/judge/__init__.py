@@ -1,0 +1,1 @@
+"""The room that compares dumps: orders of axes, measurements, floors, verdicts, reports."""
