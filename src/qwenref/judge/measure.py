@@ -1,0 +1,409 @@
+"""From two or three dumps to a measurement: what can be compared, in which order, how far off."""
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from qwenref.dumps.manifest import Manifest
+from qwenref.dumps.reading import Dump, Key, Mapped, Stored
+from qwenref.errors import QwenrefError
+from qwenref.judge.alignment import Side, Way, by_block, choose, side_of
+from qwenref.judge.arrangement import (
+    LAST,
+    PADDED,
+    Arrangement,
+    arrangements,
+    heads_and_width,
+)
+from qwenref.judge.comparability import accepted, as_one_stage, difference
+from qwenref.judge.distance import Piece, distance
+from qwenref.judge.floors import AFTER_SOFTMAX, Floors, floors_in, generic_floors, widest
+from qwenref.judge.measurement import LETTERS, Measurement, Pair, StageMeasured, pairs_of
+from qwenref.metrics import Errors, errors_of, worst_element_of
+from qwenref.stages import ALL, ATTENTION, BY_NAME, MAX_LAYERS, Stage
+
+FLAT = Stage("flat", ("T", "D"), ())
+"""An array of unknown shape: cut in rows, which stand in for tokens where an element is scaled."""
+
+LEAST_ROW, MOST_ROWS = 64, 1 << 15
+"""Values and number of such rows: 64 is the smallest head of the family, so that few rows mix
+heads; and what is kept of each row stays small.
+"""
+
+NARROWEST = 16
+"""Values that a token has at least in any stage but scores: 128 in the family, 28 in our tests."""
+
+PADDING = 32
+"""Keys are padded to a multiple of so many, or more, by llama.cpp."""
+
+_NAMES = [stage.name for stage in ALL]
+
+
+class Options(NamedTuple):
+    """How to compare.
+
+    Attributes:
+        sizes: N, K, H, D, if the user knows them.
+        stages: Which to compare; None for all.
+        layers: Which layers; None for all, and the stages of the whole model.
+        limit: How many of the largest differences to keep.
+        strict_layout: Whether another order of axes, or another convention, is a difference.
+        allow_different_weights: Whether to compare dumps of different weights.
+    """
+
+    sizes: Mapping[str, int] | None = None
+    stages: Collection[str] | None = None
+    layers: Collection[int] | None = None
+    limit: int = 10
+    strict_layout: bool = False
+    allow_different_weights: bool = False
+
+
+def measure(dumps: Sequence[Dump], options: Options) -> Measurement:
+    """Measure how far every two of two or three dumps are apart.
+
+    Raises:
+        QwenrefError: A file is broken, or nothing is there to compare.
+    """
+    dumps, clash = as_one_stage(dumps)
+    manifests = [dump.manifest for dump in dumps if dump.manifest]
+    sizes = _sizes(manifests, options.sizes or next((d.sizes for d in dumps if d.sizes), None))
+    allowed = options.allow_different_weights
+    problem = clash or difference(dumps, allow_different_weights=allowed)
+    T = _tokens(dumps, sizes)
+    if (
+        options.sizes
+        and T is None
+        and any(BY_NAME.keys() & {n for _, n in d.stages} for d in dumps)
+    ):
+        raise QwenrefError(f"the sizes {dict(options.sizes)} fit no file of {dumps[0].name}")
+    stages = []
+    if problem is None:
+        keys = _keys(dumps, options)
+        if not keys:
+            raise QwenrefError(f"nothing to compare: {_holdings(dumps)}")
+        run = _Run(dumps, sizes, T, options)
+        stages = [run.stage(key, required) for key, required in keys.items()]
+    return Measurement(
+        schema="qwenref-measurement-v1",
+        paths=[dump.name for dump in dumps],
+        made_by=[_made_by(dump.manifest) for dump in dumps],
+        sizes={**(sizes or {}), **({"T": T} if T else {})},
+        single=any(dump.single for dump in dumps),
+        strict_layout=options.strict_layout,
+        incomparable=problem,
+        warnings=accepted(dumps, allow_different_weights=allowed),
+        stages=stages,
+    )
+
+
+class _Run:
+    """What all stages of one comparison share."""
+
+    def __init__(
+        self,
+        dumps: Sequence[Dump],
+        sizes: Mapping[str, int] | None,
+        T: int | None,
+        options: Options,
+    ):
+        self._dumps, self._sizes, self._T, self._options = dumps, sizes, T, options
+        self._scores_rms: dict[int | None, float | None] = {}
+
+    def stage(self, key: Key, required: bool) -> StageMeasured:
+        """Measure one stage of all dumps."""
+        known = (floors_in(dump.manifest, *key) for dump in self._dumps if dump.manifest)
+        floors = widest([floors for floors in known if floors])
+        origin = "generic" if floors is None else "manifest"
+        if floors is None:
+            rms = self._rms_of_scores(key[0]) if key[1] in AFTER_SOFTMAX else None
+            floors = generic_floors(*key, self._sizes, self._most_tokens(), rms)
+        pairs = [self._pair(key, a, b, floors) for a, b in pairs_of(len(self._dumps))]
+        return StageMeasured(*key, required, floors, origin, pairs)
+
+    def _rms_of_scores(self, layer: int | None) -> float | None:
+        """Return the root mean square of attn_scores in the dump where it is smallest."""
+        if layer not in self._scores_rms:
+            self._scores_rms[layer] = None
+            key = layer, "attn_scores"
+            floors = generic_floors(*key, self._sizes, self._most_tokens(), None)
+            for a, b in pairs_of(len(self._dumps)):
+                self._pair(key, a, b, floors)
+        return self._scores_rms[layer]
+
+    def _most_tokens(self) -> int:
+        """Return how many tokens there are, or at most: N T T scores are at least T T."""
+        if self._T is not None:
+            return self._T
+        return min(
+            math.isqrt(stored.count)
+            if name in BY_NAME and BY_NAME[name].masked
+            else max(1, stored.count // NARROWEST)
+            for dump in self._dumps
+            for (_, name), parts in dump.stages.items()
+            for stored in parts.values()
+        )
+
+    def _pair(self, key: Key, a: int, b: int, floors: Floors) -> Pair:
+        """Measure one stage of two dumps."""
+        sides = side_of(self._dumps[a], key), side_of(self._dumps[b], key)
+        for number, side in zip((a, b), sides, strict=True):
+            name = LETTERS[number]
+            if not side.parts:
+                return Pair(a, b, problem=f"{name} has none")
+            if side.lacks:
+                return Pair(a, b, problem=f"{name} lacks {', '.join(side.lacks)} of it")
+        counts = [side.size for side in sides]
+        ways = self._ways(key[1], sides)
+        mapped = [[stored.mapped() for stored in side.parts] for side in sides]
+        arrays = [[each.values for each in of] for of in mapped]
+        together = [*mapped[0], *mapped[1]]
+        if ways is not None and all(of and of[0].padding % PADDING for of in ways):
+            ways = None  # as many keys on both sides: real ones
+        if ways is not None and self._T == 1:
+            ways = [  # one query may have many keys that are no padding
+                [way for way in of if not way.cuts_off_keys(side)]
+                for of, side in zip(ways, arrays, strict=True)
+            ]
+        if ways is not None and all(ways):
+            stage, factors = BY_NAME[key[1]], self._factors(key[1], sides)
+            way = choose(stage, arrays, ways, factors, floors, together)
+            pair = Pair(a, b, count=counts[0])
+            return self._shaped(pair, key[0], stage, arrays, together, way)
+        if counts[0] != counts[1] or len(arrays[0]) + len(arrays[1]) > 2:
+            problem = f"{counts[0]} values against {counts[1]}, which no layout explains"
+            return Pair(a, b, problem=problem, incomparable=True)
+        row = BY_NAME.get(key[1])
+        pair = Pair(a, b, count=counts[0], slices="flat")
+        masked = row is None or row.masked
+        return self._flat(pair, arrays[0][0], arrays[1][0], together, maybe_masked=masked)
+
+    def _ways(self, name: str, sides: Sequence[Side]) -> list[list[Arrangement]] | None:
+        """Return how each of two sides may be stored; None if that is not known of both."""
+        row = BY_NAME.get(name)
+        if row is None or self._sizes is None or self._T is None:
+            return None
+        ways = [side.ways(row, self._sizes, self._T) for side in sides]
+        if self._options.strict_layout:  # as the first one is stored
+            first = ways[0][:1]
+            ways = [first, first] if first and first[0] in ways[1] else []
+        return ways if ways and all(ways) else None
+
+    def _factors(self, name: str, sides: Sequence[Side]) -> list[float]:
+        """Return what the second side may have to be multiplied with: for unscaled scores.
+
+        If one side states its axes, it is the other one that is not scaled as ours are.
+        """
+        factors = [1.0]
+        if name == "attn_scores" and not self._options.strict_layout and self._sizes is not None:
+            root = math.sqrt(self._sizes["H"])
+            stated = [side.axes is not None for side in sides]
+            factors += [root] if stated[1] or not stated[0] else []
+            factors += [1 / root] if stated[0] or not stated[1] else []
+        return factors
+
+    def _flat(
+        self,
+        pair: Pair,
+        a: np.ndarray,
+        b: np.ndarray,
+        mapped: Sequence[Mapped],
+        *,
+        maybe_masked: bool,
+    ) -> Pair:
+        """Compare two arrays of which only the order of values is known."""
+        width = max(LEAST_ROW, -(-a.size // MOST_ROWS))
+        rows, rest = divmod(a.size, width)
+        cuts = [(0, slice(0, rows * width), width), (rows, slice(rows * width, None), rest)]
+        pieces = [
+            Piece(a[cut].reshape(-1, 1, cells), b[cut].reshape(-1, 1, cells), row, 0, 0, base=a)
+            for row, cut, cells in cuts
+            if a[cut].size
+        ]
+        sums, compared = distance(
+            pieces,
+            mapped,
+            first_query=None,
+            probabilities=False,
+            factor=1.0,
+            limit=self._options.limit,
+            masks=maybe_masked,
+        )
+        errors = errors_of(FLAT, sums, {})
+        kept = Errors(errors.whole, [], [], [], errors.element)
+        bad = msgspec.structs.replace(compared.nonfinite, token=None, head=None)
+        compared = msgspec.structs.replace(compared, nonfinite=bad)
+        unsure = None
+        if compared.mask_like and errors.whole:
+            unsure = "values like those of a mask may hide differences: give the shapes (--model)"
+        return msgspec.structs.replace(pair, errors=kept, compared=compared, unsure=unsure)
+
+    def _shaped(
+        self,
+        pair: Pair,
+        layer: int | None,
+        stage: Stage,
+        arrays: Sequence[Sequence[np.ndarray]],
+        mapped: Sequence[Mapped],
+        way: Way,
+    ) -> Pair:
+        """Compare two arrays of known shape."""
+        sizes = self._sizes or {}
+        views = by_block(stage, sizes, way, arrays)
+        last = len(views[0][0]) == 1
+        pieces, head, start = [], 0, 0
+        own = arrays[0] if len(arrays[0]) > 1 else [arrays[0][0]] * len(views[0])
+        for a, b, array in zip(*views, own, strict=True):
+            pieces.append(Piece(a, b, row=0, head=head, start=start, base=array))
+            head += a.shape[1]
+            start += array.size if len(arrays[0]) > 1 else 0
+        sums, compared = distance(
+            pieces,
+            mapped,
+            first_query=(self._T or 1) - len(views[0][0]) if stage.masked else None,
+            probabilities=stage.name == "attn_softmax",
+            factor=way.factor,
+            limit=self._options.limit,
+        )
+        if stage.name == "attn_scores":
+            rms = math.sqrt(sums.scale.sum(axis=(1, 2)).min() / sums.cells.sum())
+            rms /= max(1.0, way.factor)  # else it is that of scores before 1/sqrt(H)
+            self._scores_rms[layer] = min(rms, self._scores_rms.get(layer) or math.inf)
+        unscaled = None
+        if way.factor != 1:
+            unscaled = pair.b if way.factor < 1 else pair.a
+        return msgspec.structs.replace(
+            pair,
+            layout=(way.a.name, way.b.name),
+            unsure=way.unsure,
+            unscaled=unscaled,
+            slices="last" if last and (self._T or 1) > 1 else "all",
+            errors=errors_of(stage, sums, sizes),
+            element_at=worst_element_of(stage, sums, sizes),
+            compared=compared,
+        )
+
+
+def _sizes(manifests: Sequence[Manifest], given: Mapping[str, int] | None) -> dict[str, int] | None:
+    """Return N, K, H, D: those of a manifest, else the given ones."""
+    if not manifests:
+        return None if given is None else dict(given)
+    config = manifests[0].config
+    sizes = {
+        "N": config.num_attention_heads,
+        "K": config.num_key_value_heads,
+        "H": config.head_dim,
+        "D": config.hidden_size,
+    }
+    if given is not None and given != sizes:
+        raise QwenrefError(f"the sizes given are {dict(given)}, but a manifest says {sizes}")
+    return sizes
+
+
+def _tokens(dumps: Sequence[Dump], sizes: Mapping[str, int] | None) -> int | None:
+    """Return T: what a manifest says, else what files fit best: whole rather than in part."""
+    for manifest in (dump.manifest for dump in dumps if dump.manifest):
+        for file in manifest.stages:
+            by_letter = dict(zip(file.axes.split(), file.shape, strict=True))
+            if "T" in by_letter:
+                return by_letter["T"]
+    if sizes is None:
+        return None
+    lengths = {T for dump in dumps for T in _lengths(dump, sizes) if T}
+
+    def explained(T: int) -> int:
+        ways = (
+            next(
+                arrangements(BY_NAME[name], sizes, T, [part.count for part in parts.values()]), None
+            )
+            for dump in dumps
+            for (_, name), parts in dump.stages.items()
+            if name in BY_NAME
+        )
+        return sum(3 - (LAST in way.name) - (PADDED in way.name) for way in ways if way)
+
+    return max(lengths, key=lambda T: (explained(T), T), default=None)
+
+
+def _lengths(dump: Dump, sizes: Mapping[str, int]) -> Iterator[int]:
+    """Yield for each of the nine stages how many tokens it has; 0 if it does not fit."""
+    for (_, name), parts in dump.stages.items():
+        if name not in BY_NAME:
+            continue
+        row, count = BY_NAME[name], sum(part.count for part in parts.values())
+        if row.masked:
+            yield _queries(count // sizes["N"], parts.get(None)) if count % sizes["N"] == 0 else 0
+        elif None in parts:
+            T, rest = divmod(count, math.prod(heads_and_width(row, sizes, 1)))
+            yield 0 if rest else T
+
+
+def _queries(cells: int, stored: Stored | None) -> int:
+    """Return T of scores of a head, T T of them; 0 if they may be T' queries of padded keys.
+
+    Llama.cpp pads keys to multiples of 32 or more.
+    """
+    T = math.isqrt(cells)
+    if cells != T * T:
+        return 0
+    if stored is not None and stored.shape is not None and len(stored.shape) > 1:
+        return T if stored.shape.count(T) > 1 else 0
+    return 0 if cells % PADDING == 0 and T > 1 else T
+
+
+def _keys(dumps: Sequence[Dump], options: Options) -> dict[Key, bool]:
+    """Return the stages to compare, in chain order, and whether the verdict depends on each.
+
+    Raises:
+        QwenrefError: A stage or layer that was asked for is in none of the dumps.
+    """
+    nine = {stage.name for stage in ATTENTION}
+    every = {key for dump in dumps for key in dump.stages}
+    for wanted, found, what in (
+        (options.stages, {name for _, name in every}, "stage"),
+        (options.layers, {layer for layer, _ in every}, "layer"),
+    ):
+        missing = sorted(set(wanted or ()) - found)
+        if missing:
+            raise QwenrefError(f"none of the dumps has {what} {missing[0]}; {_holdings(dumps)}")
+    deciding = nine | {*(options.stages or ())}
+    both = set.intersection(
+        *({layer for layer, name in dump.stages if name in deciding} for dump in dumps)
+    )
+    keys = sorted(
+        (
+            (layer, name)
+            for layer, name in every
+            if (options.stages is None or name in options.stages)
+            and (options.layers is None or layer in options.layers)
+        ),
+        key=_place_in_chain,
+    )
+    single = any(dump.single for dump in dumps)
+    return {(layer, name): single or (name in deciding and layer in both) for layer, name in keys}
+
+
+def _place_in_chain(key: Key) -> tuple[int, int, str]:
+    layer, name = key
+    known = _NAMES.index(name) if name in _NAMES else len(_NAMES)
+    return MAX_LAYERS if layer is None else layer, known, name
+
+
+def _holdings(dumps: Sequence[Dump]) -> str:
+    """Say what dumps hold, shortly."""
+    texts = []
+    for dump in dumps:
+        names = [name if la is None else f"{la}/{name}" for la, name in dump.stages]
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        texts.append(f"{dump.name} holds {', '.join(names[:3])}{more}")
+    return "; ".join(texts) + "; --names translates other engines' names"
+
+
+def _made_by(manifest: Manifest | None) -> str | None:
+    if manifest is None:
+        return None
+    version = manifest.versions.get(manifest.engine, "")
+    return f"{manifest.engine} {version}, {manifest.dtype} on {manifest.device}".replace(" ,", ",")
