@@ -1,7 +1,9 @@
 """An independent JAX oracle for Qwen2.5's attention.
 
 `run` computes the nine stages of layer 0 in memory; the command `qwenref capture` writes them as
-files. Importing this package imports neither jax nor numpy; using a name does.
+files. `diff` compares dumps of any engine, as the command `qwenref diff` does; in tests,
+`assert_stages_close` asserts that they agree. Importing this package imports neither jax nor numpy;
+using a name does.
 """
 
 from typing import TYPE_CHECKING
@@ -11,14 +13,26 @@ from qwenref.errors import QwenrefError
 if TYPE_CHECKING:
     from qwenref.dumps.aprt import read_aprt as read_aprt
     from qwenref.dumps.aprt import write_aprt as write_aprt
+    from qwenref.judge.diff import assert_stages_close as assert_stages_close
+    from qwenref.judge.diff import diff as diff
     from qwenref.oracle import Stages as Stages
     from qwenref.oracle import run as run
 
 __version__ = "0.1.0"
-__all__ = ["QwenrefError", "Stages", "read_aprt", "run", "write_aprt"]
+__all__ = [
+    "QwenrefError",
+    "Stages",
+    "assert_stages_close",
+    "diff",
+    "read_aprt",
+    "run",
+    "write_aprt",
+]
 
 _HOMES = {
     "Stages": "qwenref.oracle",
+    "assert_stages_close": "qwenref.judge.diff",
+    "diff": "qwenref.judge.diff",
     "read_aprt": "qwenref.dumps.aprt",
     "run": "qwenref.oracle",
     "write_aprt": "qwenref.dumps.aprt",
