@@ -3,7 +3,7 @@
 import ast
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import pytest
@@ -12,11 +12,16 @@ from helpers import ROOT
 from write_schemas import CONTRACTS, schemas
 
 from qwenref.dumps import aprt
+from qwenref.files import parse_json
+from qwenref.judge.distance import LEAST_VALUES, MASKED
+from qwenref.judge.floors import BLIND, GENERIC_FILE, PRECISIONS, Generic
+from qwenref.judge.result import Status
 from qwenref.metrics import MARGIN
 from qwenref.noise import CLASSES, DUMPED, MOST_TOKENS, WINDOW
 from qwenref.stages import ATTENTION, BY_NAME, RESIDUAL
 
 CONTRACT_FILES = sorted(CONTRACTS.glob("*.yaml"))
+GENERIC = parse_json(GENERIC_FILE, GENERIC_FILE.read_bytes(), Generic)
 OBLIGATIONS = {"invariant", "equivalence", "bound"}
 
 
@@ -32,7 +37,8 @@ FALSIFIERS = [
 
 
 def test_there_are_contracts() -> None:
-    assert [path.name for path in CONTRACT_FILES] == ["aprt-v1.yaml", "stages-v1.yaml"]
+    names = ["aprt-v1.yaml", "diff-v1.yaml", "stages-v1.yaml"]
+    assert [path.name for path in CONTRACT_FILES] == names
 
 
 @pytest.mark.parametrize("path", CONTRACT_FILES, ids=lambda path: path.name)
@@ -57,7 +63,7 @@ def test_a_contract_has_the_fields_that_pv_accepts(path: Path) -> None:
 def test_falsifiers_have_ids_of_their_own() -> None:
     ids = [parameter.id for parameter in FALSIFIERS]
     assert len(set(ids)) == len(ids)
-    assert {f"FALSIFY-ATTN-SUB-{number:03}" for number in (1, 2, 3, 5)} <= set(ids)
+    assert {f"FALSIFY-ATTN-SUB-{number:03}" for number in (1, 2, 3, 4, 5)} <= set(ids)
 
 
 @pytest.mark.parametrize("test", FALSIFIERS)
@@ -92,6 +98,20 @@ def test_the_noise_floor_of_the_contract_is_that_in_code() -> None:
     sampled = equations["sampled_tokens"]["formula"]
     assert f"up to {MOST_TOKENS}" in sampled
     assert f"{MOST_TOKENS // WINDOW} windows of {WINDOW} neighbours" in sampled
+
+
+def test_the_rules_of_comparing_are_those_in_code() -> None:
+    equations = load("diff-v1.yaml")["equations"]
+    assert f"> {MARGIN:g} * floor" in equations["excess"]["formula"]
+    assert f"{MARGIN:g} * floor < {BLIND}" in equations["excess"]["domain"]
+    assert f"{MARGIN:g} * floor of the whole >= {BLIND}" in equations["status"]["formula"]
+    assert ", ".join(PRECISIONS) in equations["precision"]["formula"]
+    assert f"fewer than {LEAST_VALUES} other values" in equations["precision"]["domain"]
+    assert f"<= {MASKED:.0f}" in equations["masked"]["formula"]
+    assert equations["status"]["codomain"].split(", ") == [*get_args(Status)]
+    lengths = ", ".join(str(up_to.tokens) for up_to in GENERIC.lengths[:-1])
+    assert f"up to {lengths}, {GENERIC.lengths[-1].tokens} tokens" in equations["floor"]["domain"]
+    assert f"rms(attn_scores) / {GENERIC.scores_rms:g}" in equations["floor"]["formula"]
 
 
 def test_the_aprt_contract_is_the_header_in_code() -> None:

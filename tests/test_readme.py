@@ -7,29 +7,48 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, TINY
-
-from qwenref.capture import capture
-from qwenref.stages import ATTENTION
+from helpers import ROOT
 
 README = (ROOT / "README.md").read_text()
-TRANSCRIPTS = re.findall(r"```console\n\$ (.*)\n((?:.*\n)*?)```", README)
+DIFF = (ROOT / "docs" / "diff.md").read_text()
+TRANSCRIPT = r"```console\n\$ (.*)\n((?:.*\n)*?)```"
+CAPTURE, COMPARISON = re.findall(TRANSCRIPT, README)
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     "JAX_PLATFORMS": "cpu",
 }
+NUMBER = re.compile(r"-?\b[0-9]+(?:\.[0-9]+)?(?:e[-+][0-9]+)?\b")
 
 
-@pytest.mark.parametrize(("command", "expected"), TRANSCRIPTS)
-def test_a_transcript_is_what_the_command_prints(
-    command: str, expected: str, tmp_path: Path
-) -> None:
-    done = subprocess.run(
-        command, shell=True, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, shell=True, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True
     )
+
+
+def test_capture_prints_what_the_readme_shows(tmp_path: Path) -> None:
+    command, expected = CAPTURE
+    done = run(command, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == expected
+
+
+@pytest.mark.parametrize(("command", "expected"), [COMPARISON, *re.findall(TRANSCRIPT, DIFF)])
+def test_diff_prints_what_the_docs_show_in_the_repository(
+    command: str, expected: str, tmp_path: Path
+) -> None:
+    (tmp_path / "tests").symlink_to(ROOT / "tests")
+    assert run(CAPTURE[0], tmp_path).returncode == 0
+    done = run(command, tmp_path)
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = zip(done.stdout.splitlines(), expected.splitlines(), strict=True)
+    for line, shown in lines:  # rounding, and where it is worst, is the machine's
+        if line != shown and " agree " in line:
+            line, shown = (text[:50] for text in (line, shown))
+        assert NUMBER.sub("", line).split() == NUMBER.sub("", shown).split()
+        numbers = [[float(n) for n in NUMBER.findall(text)] for text in (line, shown)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=0.5)
 
 
 @pytest.mark.parametrize("code", PYTHON)
@@ -38,27 +57,12 @@ def test_a_python_example_prints_what_its_comment_says(code: str) -> None:
         [sys.executable, "-c", code], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert [f"# {line}" for line in done.stdout.splitlines()] == re.findall(r"# \S+(?=:)", code)
-
-
-def test_the_comparison_in_the_docs_finds_two_engines_in_agreement(tmp_path: Path) -> None:
-    (code,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs" / "dump.md").read_text(), flags=re.DOTALL
-    )
-    (tmp_path / "dumps").mkdir()
-    (tmp_path / "dumps" / "apr").symlink_to(ROOT / "tests" / "data" / "apr-f32")
-    capture(TINY, tmp_path / "dumps" / "ref", device="cpu")
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
-    )
-    errors = dict(line.split() for line in done.stdout.splitlines())
-    assert list(errors) == [stage.name for stage in ATTENTION]
-    assert all(float(error) < 1e-6 for error in errors.values())
+    assert done.stdout.splitlines() == re.findall(r"^print\(.*\)  # (.*)$", code, re.MULTILINE)
 
 
 def test_there_are_examples_to_check() -> None:
-    assert len(TRANSCRIPTS) == 1
     assert len(PYTHON) == 1
+    assert len(re.findall(TRANSCRIPT, DIFF)) == 1
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
@@ -66,11 +70,13 @@ def test_ci_runs_the_readmes_test_command() -> None:
     assert f"({command})" in (ROOT / ".ci" / "run").read_text()
 
 
-@pytest.mark.parametrize("option", re.findall(r"`(--[a-z-]+)", README))
-def test_every_option_the_readme_names_exists(option: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "qwenref", "capture", "--help"], capture_output=True, text=True
-    )
+OPTIONS = [("capture", option) for option in re.findall(r"`(--[a-z-]+)", README)]
+OPTIONS += [("diff", option) for option in re.findall(r"`(--[a-z-]+)", DIFF)]
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS)
+def test_every_option_that_is_named_exists(command: str, option: str) -> None:
+    done = run(f"{sys.executable} -m qwenref {command} --help", ROOT)
     assert re.search(rf"(?<![-\w]){option}(?![-\w])", done.stdout)
 
 
