@@ -134,7 +134,11 @@ def _largest(result: Result, limit: int) -> Iterator[str]:
     if stage is None or not stage.max_abs_diff or not limit:
         return
     yield ""
-    yield f"largest differences in {printable(stage.stage)}, by index in a"
+    where = ""
+    if stage.max_abs_diff_at is not None:
+        token, head, value = stage.max_abs_diff_at
+        where = f" (first: token {token}, head {head}, value {value})"
+    yield f"largest differences in {printable(stage.stage)}, by index in a{where}"
     yield f"{'index':>12}{'a':>16}{'b':>16}{'|a - b|':>12}"
     for top in stage.top_diffs[:limit]:
         yield f"{top.index:>12}{top.a:>16.8g}{top.b:>16.8g}{top.abs_diff:>12.3g}"
