@@ -101,7 +101,7 @@ def distance(
         rows, heads, cells = piece.a.shape
         width[piece.row : piece.row + rows, piece.head : piece.head + heads] = cells
     rows = _Rows(np.zeros((T, J)), np.zeros((2, T, J)), np.zeros((T, J)), width)
-    seen, readers, unreleased = _Seen(rows, limit, probabilities), (_Reader(), _Reader()), 0
+    seen, readers, unreleased = _Seen(rows, limit, probabilities, masks), (_Reader(), _Reader()), 0
     with np.errstate(over="ignore", invalid="ignore"):
         for piece in pieces:
             for tokens, heads in _tiles(piece.a):
@@ -110,8 +110,6 @@ def distance(
                 a, b = readers[0](piece.a[where]), readers[1](piece.b[where])
                 if first_query is not None:
                     seen.mask(piece, where, first_query, a, b)
-                if masks and b.min() < LIKE_A_MASK and a.min() < LIKE_A_MASK:
-                    seen.leave_out_masked(piece, where, a, b)
                 seen.add(piece, where, a, b, factor)
                 unreleased += a.size
                 if unreleased >= RELEASE:
@@ -165,8 +163,9 @@ class _Rows(NamedTuple):
 class _Seen:
     """What one worker has seen so far."""
 
-    def __init__(self, rows: _Rows, limit: int, probabilities: bool):
-        self._rows, self._limit, self._probabilities = rows, limit, probabilities
+    def __init__(self, rows: _Rows, limit: int, probabilities: bool, masks: bool):
+        self._rows, self._limit = rows, limit
+        self._probabilities, self._masks = probabilities, masks
         self.variation = 0.0
         self.top: list[TopDifference] = []
         self.max_at: tuple[int, int, int] | None = None
@@ -191,7 +190,7 @@ class _Seen:
             triangle[hidden] = 0
         self._rows.cells[_here(piece, where)] = queries[:, None] + 1
 
-    def leave_out_masked(self, piece: Piece, where: _Where, a: np.ndarray, b: np.ndarray) -> None:
+    def _leave_out_masked(self, piece: Piece, where: _Where, a: np.ndarray, b: np.ndarray) -> None:
         """Set cells that both sides have masked to zero, where no shape says which these are."""
         hidden = np.fmax(a, b) <= MASKED
         for held, tile in zip(self.masked, (a, b), strict=True):
@@ -204,6 +203,9 @@ class _Seen:
         """Take in a block, the second side times a factor; what `a` and `b` hold is lost."""
         rows, here = self._rows, _here(piece, where)
         scale = [_squares(a), _squares(b)]
+        if self._masks and min(np.fmax.reduce(of, axis=None) for of in scale) > LIKE_A_MASK**2:
+            self._leave_out_masked(piece, where, a, b)
+            scale = [_squares(a), _squares(b)]
         bad = None
         if not math.isfinite(np.add.reduce(scale[0] + scale[1], axis=None)):
             bad = self._set_aside(piece, where, a, b)
