@@ -31,6 +31,9 @@ AFTER_SOFTMAX = ("attn_softmax", "attention", "attn_out")
 DEPTH = 28
 """Layers of Qwen2.5 1.5B and 7B; of other models there are half to three times as many."""
 
+LAST_STAGES = ("final_norm", "lm_head")
+"""Stages of the whole model, that apr dumps; they come after `DEPTH` layers."""
+
 Floors = dict[str, Errors]
 """By precision: a floor for each slice of a stage."""
 
@@ -116,7 +119,7 @@ def generic_floors(
     (scripts/measure_depth.py).
 
     Args:
-        layer: Which, None for the whole model, which counts as `DEPTH` layers.
+        layer: Which, None if that is not known, or for the whole model.
         stage: The stage's name.
         sizes: N and K, if known: else there are floors for the whole and elements alone.
         T: How many tokens there are at most; None for the longest prompts.
@@ -132,7 +135,7 @@ def generic_floors(
         own = known[name] if known else _largest(up_to, name)
         by = 1.0 if stage in BY_NAME and stage not in AFTER_SOFTMAX else larger
         own, out = (astuple(of) for of in (own, up_to.stages["attn_out"][name]))
-        depth = math.sqrt(2 * (DEPTH if layer is None else layer)) * larger
+        depth = math.sqrt(2 * (DEPTH if stage in LAST_STAGES else layer or 0)) * larger
         of = (math.hypot(by * a, depth * b) for a, b in zip(own, out, strict=True))
         floors[name] = _for_slices(SliceFloors(*of), stage, sizes, T)
     return floors

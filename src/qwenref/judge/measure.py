@@ -74,11 +74,9 @@ def measure(dumps: Sequence[Dump], options: Options) -> Measurement:
     allowed = options.allow_different_weights
     problem = clash or difference(dumps, allow_different_weights=allowed)
     T = _tokens(dumps, sizes)
-    if (
-        options.sizes
-        and T is None
-        and any(BY_NAME.keys() & {n for _, n in d.stages} for d in dumps)
-    ):
+    telling = {stage.name for stage in ALL if not stage.masked}
+    held = {name for dump in dumps for _, name in dump.stages}
+    if options.sizes and T is None and telling & held:
         raise QwenrefError(f"the sizes {dict(options.sizes)} fit no file of {dumps[0].name}")
     stages = []
     if problem is None:
@@ -335,23 +333,21 @@ def _lengths(dump: Dump, sizes: Mapping[str, int]) -> Iterator[int]:
             continue
         row, count = BY_NAME[name], sum(part.count for part in parts.values())
         if row.masked:
-            yield _queries(count // sizes["N"], parts.get(None)) if count % sizes["N"] == 0 else 0
+            yield from _queries(count, sizes["N"], parts[None])
         elif None in parts:
             T, rest = divmod(count, math.prod(heads_and_width(row, sizes, 1)))
             yield 0 if rest else T
 
 
-def _queries(cells: int, stored: Stored | None) -> int:
-    """Return T of scores of a head, T T of them; 0 if they may be T' queries of padded keys.
+def _queries(count: int, N: int, stored: Stored) -> list[int]:
+    """Return what T may be, of N T T scores or of N T scores with padded keys.
 
-    Llama.cpp pads keys to multiples of 32 or more.
+    Without a shape it is not told from those, if as many keys may be padded ones.
     """
-    T = math.isqrt(cells)
-    if cells != T * T:
-        return 0
-    if stored is not None and stored.shape is not None and len(stored.shape) > 1:
-        return T if stored.shape.count(T) > 1 else 0
-    return 0 if cells % PADDING == 0 and T > 1 else T
+    if stored.shape is not None and len(stored.shape) > 1:
+        return sorted({*stored.shape})
+    T = math.isqrt(count // N)
+    return [] if count != N * T * T or (T > 1 and T * T % PADDING == 0) else [T]
 
 
 def _keys(dumps: Sequence[Dump], options: Options) -> dict[Key, bool]:
