@@ -170,6 +170,7 @@ class _Seen:
         self.top: list[TopDifference] = []
         self.max_at: tuple[int, int, int] | None = None
         self.mask_like = False
+        self.left_out, self.left_out_differ = 0, False
         self.nonfinite = Nonfinite()
         self.formats = [dict.fromkeys(NARROW, 0) for _ in "ab"]
         self.masked = [_Extremes() for _ in "ab"]
@@ -193,6 +194,8 @@ class _Seen:
     def _leave_out_masked(self, piece: Piece, where: _Where, a: np.ndarray, b: np.ndarray) -> None:
         """Set cells that both sides have masked to zero, where no shape says which these are."""
         hidden = np.fmax(a, b) <= MASKED
+        self.left_out += int(np.count_nonzero(hidden))
+        self.left_out_differ |= not np.array_equal(a[hidden], b[hidden], equal_nan=True)
         for held, tile in zip(self.masked, (a, b), strict=True):
             held.add(tile[hidden])
             tile[hidden] = 0
@@ -282,6 +285,8 @@ def _result(rows: _Rows, seen: _Seen, probabilities: bool) -> tuple[Sums, Compar
         error, (a, b) = float(rows.error.sum()), rows.scale.sum(axis=(1, 2)).tolist()
         norm_ratio = math.sqrt(a / b) if b and math.isfinite(a + b) else math.nan
     cells = int(rows.cells.sum())
+    if cells == 0 and not seen.left_out_differ:
+        cells = seen.left_out  # there is nothing else, and that is the same
     comparable = seen.top and not seen.nonfinite.differ
     compared = Compared(
         cells=cells,
