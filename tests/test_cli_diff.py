@@ -9,7 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +51,6 @@ def refused(diff: Cli) -> Refused:
         return err[:-1].removeprefix(PREFIX)
 
     return run
-
-
-@pytest.fixture
-def powerless() -> Iterator[None]:
-    """Be nobody for a while, if we are root, whom no permission stops."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 def dump(name: str, layer: int = 0, **stages: np.ndarray) -> Path:

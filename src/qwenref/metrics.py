@@ -171,7 +171,7 @@ def for_all_tokens(floors: Errors, positions: Sequence[int], T: int) -> Errors:
         T: How many tokens there are.
     """
     known = dict(zip(positions, floors.tokens, strict=True))
-    largest = _number(max(math.inf if floor is None else floor for floor in floors.tokens))
+    largest = finite(max(math.inf if floor is None else floor for floor in floors.tokens))
     tokens = [known.get(token, largest) for token in range(T)]
     return msgspec.structs.replace(floors, tokens=tokens)
 
@@ -230,13 +230,13 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
 
 def _errors(stage: Stage, *ratios: np.ndarray) -> Errors:
     *lists, elements = ratios
-    (whole,), blocks, heads, tokens = (map(_number, part) for part in lists)
+    (whole,), blocks, heads, tokens = (map(finite, part) for part in lists)
     return Errors(
         whole=whole,
         blocks=[*blocks] if stage.blocks else [],
         heads=[] if "D" in stage.axes else [*heads],
         tokens=[*tokens],
-        element=_number(elements.max()),
+        element=finite(elements.max()),
     )
 
 
@@ -244,5 +244,6 @@ def _three_digits(values: np.ndarray) -> np.ndarray:
     return np.array([float(f"{value:.3g}") for value in values])
 
 
-def _number(value: float) -> Error:
+def finite(value: float) -> Error:
+    """Return a number, None if it is NaN or infinite."""
     return float(value) if np.isfinite(value) else None

@@ -5,7 +5,7 @@ import json
 import os
 import pickle
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,19 +90,6 @@ def read_or_refused(path: Path) -> Dump | str:
 @pytest.fixture
 def dump(tmp_path: Path) -> Path:
     return tmp_path / "dump"
-
-
-@pytest.fixture
-def powerless() -> Iterator[None]:
-    """Be nobody for a while, if we are root, whom no permission stops."""
-    if os.geteuid() != 0:
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
 
 
 # --- formats --------------------------------------------------------------------------------------

@@ -99,12 +99,12 @@ def diff(
         strict_layout=strict_layout,
         allow_different_weights=allow_different_weights,
     )
-    if len(paths) == 1 and paths[0].is_dir():
-        raise QwenrefError(f"{paths[0]} alone: give two or three dumps to compare")
     if len(paths) == 1:
+        if paths[0].is_dir():
+            raise QwenrefError(f"{paths[0]} alone: give two or three dumps to compare")
         found = measured.read_measurement(paths[0])
-        kept = options._replace(stages=None, layers=None, limit=max(1, limit))
-        if names or save or kept != Options(limit=max(1, limit)):
+        of_dumps = options._replace(stages=None, layers=None)
+        if names or save or of_dumps != Options(limit=options.limit):
             raise QwenrefError(
                 "a saved measurement can be judged with another --dtype, --tolerance, "
                 "--allow-missing, --stages, --layers or --limit; all else takes the dumps"

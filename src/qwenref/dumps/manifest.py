@@ -36,6 +36,16 @@ class UsedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     rms_norm_eps: float
     rope_theta: float
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """N, K, H and D."""
+        return {
+            "N": self.num_attention_heads,
+            "K": self.num_key_value_heads,
+            "H": self.head_dim,
+            "D": self.hidden_size,
+        }
+
 
 class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Fingerprints of the weights, independent of how they are stored.
@@ -190,13 +200,7 @@ def _consistent(manifest: Manifest) -> Manifest:
     places = [(stage.layer, stage.stage) for stage in manifest.stages]
     if len(set(places)) < len(places):
         raise ValueError("a stage is listed twice")
-    config = manifest.config
-    sizes = {
-        "D": config.hidden_size,
-        "N": config.num_attention_heads,
-        "K": config.num_key_value_heads,
-        "H": config.head_dim,
-    }
+    sizes = manifest.config.sizes
     if manifest.tokens is not None:
         sizes["T"] = sizes["S"] = len(manifest.tokens)
     for stage in manifest.stages:

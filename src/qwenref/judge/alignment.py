@@ -17,7 +17,6 @@ from qwenref.stages import BY_NAME, Stage
 SAMPLE = 8
 """Tokens by which orders of axes are told from each other, the first and the last one too."""
 
-
 LARGE = 1 << 24
 """Bytes of an array that is not read at random places without giving memory back."""
 

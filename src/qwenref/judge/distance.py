@@ -12,7 +12,7 @@ import numpy as np
 
 from qwenref.dumps.reading import Mapped
 from qwenref.judge.measurement import Compared, Held, Narrow, Nonfinite, TopDifference
-from qwenref.metrics import Sums
+from qwenref.metrics import Sums, finite
 
 BLOCK = 1 << 16
 """Values looked at together: in float64 two such blocks fit a core's cache."""
@@ -161,14 +161,13 @@ class _Rows(NamedTuple):
 
 
 class _Seen:
-    """What one worker has seen so far."""
+    """What has been seen so far, besides the rows."""
 
     def __init__(self, rows: _Rows, limit: int, probabilities: bool, masks: bool):
         self._rows, self._limit = rows, limit
         self._probabilities, self._masks = probabilities, masks
         self.variation = 0.0
-        self.top: list[TopDifference] = []
-        self.max_at: tuple[int, int, int] | None = None
+        self.top: list[tuple[TopDifference, tuple[int, int, int]]] = []
         self.mask_like = False
         self.left_out, self.left_out_differ = 0, False
         self.nonfinite = Nonfinite()
@@ -228,7 +227,7 @@ class _Seen:
             rows.error[here][bad] = rows.largest[here][bad] = math.inf
         if (
             len(self.top) < self._limit
-            or np.maximum.reduce(largest, axis=None) > self.top[-1].abs_diff
+            or np.maximum.reduce(largest, axis=None) > self.top[-1][0].abs_diff
         ):
             self._keep_largest(piece, where, a, factor)
         if self._probabilities:
@@ -265,10 +264,11 @@ class _Seen:
             place = where[0].start + token, where[1].start + head, cell
             a, b = float(piece.a[place]), factor * float(piece.b[place])
             if math.isfinite(a) and math.isfinite(b):
-                self.top.append(TopDifference(piece.index_of(place), a, b, float(size[at])))
-                if self.max_at is None or size[at] > self.top[0].abs_diff:
-                    self.max_at = piece.row + place[0], piece.head + place[1], place[2]
-        self.top = sorted(self.top, key=lambda top: (-top.abs_diff, top.index))[: self._limit]
+                found_at = piece.row + place[0], piece.head + place[1], place[2]
+                top = TopDifference(piece.index_of(place), a, b, float(size[at]))
+                self.top.append((top, found_at))
+        self.top.sort(key=lambda top: (-top[0].abs_diff, top[0].index))
+        del self.top[self._limit :]
 
 
 def _here(piece: Piece, where: _Where) -> _Here:
@@ -288,19 +288,20 @@ def _result(rows: _Rows, seen: _Seen, probabilities: bool) -> tuple[Sums, Compar
     if cells == 0 and not seen.left_out_differ:
         cells = seen.left_out  # there is nothing else, and that is the same
     comparable = seen.top and not seen.nonfinite.differ
+    largest, largest_at = seen.top[0] if comparable else (None, None)
     compared = Compared(
         cells=cells,
-        max_abs_diff=_finite(seen.top[0].abs_diff) if comparable else None,
-        max_at=seen.max_at if comparable else None,
-        rms_diff=_finite(math.sqrt(error / cells)) if cells else None,
-        cosine_sim=_finite(_cosine(error, a, b)),
-        norm_ratio=_finite(norm_ratio),
-        total_variation=_finite(seen.variation) if probabilities else None,
+        max_abs_diff=finite(largest.abs_diff) if largest else None,
+        max_at=largest_at,
+        rms_diff=finite(math.sqrt(error / cells)) if cells else None,
+        cosine_sim=finite(_cosine(error, a, b)),
+        norm_ratio=finite(norm_ratio),
+        total_variation=finite(seen.variation) if probabilities else None,
         formats=(_fitting(seen.formats[0]), _fitting(seen.formats[1])),
         nonfinite=seen.nonfinite,
         mask_like=seen.mask_like,
         masked=(seen.masked[0].describe(), seen.masked[1].describe()),
-        top_diffs=[top for top in seen.top if math.isfinite(top.abs_diff)],
+        top_diffs=[top for top, _ in seen.top if math.isfinite(top.abs_diff)],
     )
     return Sums(*rows)._replace(cells=np.maximum(rows.cells, 1)), compared
 
@@ -368,7 +369,3 @@ class _Extremes:
         if self._low == self._high == 0:
             return "zero"
         return "minimum" if self._high <= MASKED else "values"
-
-
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None

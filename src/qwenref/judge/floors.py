@@ -186,5 +186,5 @@ def for_last_token(floors: Errors) -> Errors:
 
 
 def for_elements(floors: Errors) -> Errors:
-    """Return the floors of what is judged of an array of unknown shape."""
+    """Return the errors, or floors, of what is judged of an array of unknown shape."""
     return Errors(floors.whole, [], [], [], floors.element)

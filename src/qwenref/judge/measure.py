@@ -1,29 +1,31 @@
 """From two or three dumps to a measurement: what can be compared, in which order, how far off."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
 from qwenref.dumps.manifest import Manifest
-from qwenref.dumps.reading import Dump, Key, Mapped, Stored
+from qwenref.dumps.reading import Dump, Key, Mapped
 from qwenref.errors import QwenrefError
 from qwenref.judge.alignment import Side, Way, by_block, choose, side_of
-from qwenref.judge.arrangement import (
-    LAST,
-    PADDED,
-    Arrangement,
-    arrangements,
-    heads_and_width,
-)
+from qwenref.judge.arrangement import Arrangement
 from qwenref.judge.comparability import accepted, as_one_stage, difference
 from qwenref.judge.distance import Piece, distance
-from qwenref.judge.floors import AFTER_SOFTMAX, Floors, floors_in, generic_floors, widest
+from qwenref.judge.floors import (
+    AFTER_SOFTMAX,
+    Floors,
+    floors_in,
+    for_elements,
+    generic_floors,
+    widest,
+)
 from qwenref.judge.measurement import LETTERS, Measurement, Pair, StageMeasured, pairs_of
-from qwenref.metrics import Errors, errors_of, worst_element_of
-from qwenref.stages import ALL, ATTENTION, BY_NAME, MAX_LAYERS, Stage
+from qwenref.judge.scope import PADDING, holdings, keys_in, sizes_in, tokens_in
+from qwenref.metrics import errors_of, worst_element_of
+from qwenref.stages import ALL, BY_NAME, Stage
 
 FLAT = Stage("flat", ("T", "D"), ())
 """An array of unknown shape: cut in rows, which stand in for tokens where an element is scaled."""
@@ -35,11 +37,6 @@ heads; and what is kept of each row stays small.
 
 NARROWEST = 16
 """Values that a token has at least in any stage but scores: 128 in the family, 28 in our tests."""
-
-PADDING = 32
-"""Keys are padded to a multiple of so many, or more, by llama.cpp."""
-
-_NAMES = [stage.name for stage in ALL]
 
 
 class Options(NamedTuple):
@@ -70,19 +67,19 @@ def measure(dumps: Sequence[Dump], options: Options) -> Measurement:
     """
     dumps, clash = as_one_stage(dumps)
     manifests = [dump.manifest for dump in dumps if dump.manifest]
-    sizes = _sizes(manifests, options.sizes or next((d.sizes for d in dumps if d.sizes), None))
+    sizes = sizes_in(manifests, options.sizes or next((d.sizes for d in dumps if d.sizes), None))
     allowed = options.allow_different_weights
     problem = clash or difference(dumps, allow_different_weights=allowed)
-    T = _tokens(dumps, sizes)
+    T = tokens_in(dumps, sizes)
     telling = {stage.name for stage in ALL if not stage.masked}
     held = {name for dump in dumps for _, name in dump.stages}
     if options.sizes and T is None and telling & held:
         raise QwenrefError(f"the sizes {dict(options.sizes)} fit no file of {dumps[0].name}")
     stages = []
     if problem is None:
-        keys = _keys(dumps, options)
+        keys = keys_in(dumps, options.stages, options.layers)
         if not keys:
-            raise QwenrefError(f"nothing to compare: {_holdings(dumps)}")
+            raise QwenrefError(f"nothing to compare: {holdings(dumps)}")
         run = _Run(dumps, sizes, T, options)
         stages = [run.stage(key, required) for key, required in keys.items()]
     return Measurement(
@@ -124,13 +121,13 @@ class _Run:
 
     def _rms_of_scores(self, layer: int | None) -> float | None:
         """Return the root mean square of attn_scores in the dump where it is smallest."""
-        if layer not in self._scores_rms:
+        if layer not in self._scores_rms and self._sizes is not None:
             self._scores_rms[layer] = None
             key = layer, "attn_scores"
             floors = generic_floors(*key, self._sizes, self._most_tokens(), None)
             for a, b in pairs_of(len(self._dumps)):
                 self._pair(key, a, b, floors)
-        return self._scores_rms[layer]
+        return self._scores_rms.get(layer)
 
     def _most_tokens(self) -> int:
         """Return how many tokens there are, or at most: N T T scores are at least T T."""
@@ -231,13 +228,14 @@ class _Run:
             masks=maybe_masked,
         )
         errors = errors_of(FLAT, sums, {})
-        kept = Errors(errors.whole, [], [], [], errors.element)
         bad = msgspec.structs.replace(compared.nonfinite, token=None, head=None)
         compared = msgspec.structs.replace(compared, nonfinite=bad)
         unsure = None
         if compared.mask_like and errors.whole:
             unsure = "values like those of a mask may hide differences: give the shapes (--model)"
-        return msgspec.structs.replace(pair, errors=kept, compared=compared, unsure=unsure)
+        return msgspec.structs.replace(
+            pair, errors=for_elements(errors), compared=compared, unsure=unsure
+        )
 
     def _shaped(
         self,
@@ -283,119 +281,6 @@ class _Run:
             element_at=worst_element_of(stage, sums, sizes),
             compared=compared,
         )
-
-
-def _sizes(manifests: Sequence[Manifest], given: Mapping[str, int] | None) -> dict[str, int] | None:
-    """Return N, K, H, D: those of a manifest, else the given ones."""
-    if not manifests:
-        return None if given is None else dict(given)
-    config = manifests[0].config
-    sizes = {
-        "N": config.num_attention_heads,
-        "K": config.num_key_value_heads,
-        "H": config.head_dim,
-        "D": config.hidden_size,
-    }
-    if given is not None and given != sizes:
-        raise QwenrefError(f"the sizes given are {dict(given)}, but a manifest says {sizes}")
-    return sizes
-
-
-def _tokens(dumps: Sequence[Dump], sizes: Mapping[str, int] | None) -> int | None:
-    """Return T: what a manifest says, else what files fit best: whole rather than in part."""
-    for manifest in (dump.manifest for dump in dumps if dump.manifest):
-        for file in manifest.stages:
-            by_letter = dict(zip(file.axes.split(), file.shape, strict=True))
-            if "T" in by_letter:
-                return by_letter["T"]
-    if sizes is None:
-        return None
-    lengths = {T for dump in dumps for T in _lengths(dump, sizes) if T}
-
-    def explained(T: int) -> int:
-        ways = (
-            next(
-                arrangements(BY_NAME[name], sizes, T, [part.count for part in parts.values()]), None
-            )
-            for dump in dumps
-            for (_, name), parts in dump.stages.items()
-            if name in BY_NAME
-        )
-        return sum(3 - (LAST in way.name) - (PADDED in way.name) for way in ways if way)
-
-    return max(lengths, key=lambda T: (explained(T), T), default=None)
-
-
-def _lengths(dump: Dump, sizes: Mapping[str, int]) -> Iterator[int]:
-    """Yield for each of the nine stages how many tokens it has; 0 if it does not fit."""
-    for (_, name), parts in dump.stages.items():
-        if name not in BY_NAME:
-            continue
-        row, count = BY_NAME[name], sum(part.count for part in parts.values())
-        if row.masked:
-            yield from _queries(count, sizes["N"], parts[None])
-        elif None in parts:
-            T, rest = divmod(count, math.prod(heads_and_width(row, sizes, 1)))
-            yield 0 if rest else T
-
-
-def _queries(count: int, N: int, stored: Stored) -> list[int]:
-    """Return what T may be, of N T T scores or of N T scores with padded keys.
-
-    Without a shape it is not told from those, if as many keys may be padded ones.
-    """
-    if stored.shape is not None and len(stored.shape) > 1:
-        return sorted({*stored.shape})
-    T = math.isqrt(count // N)
-    return [] if count != N * T * T or (T > 1 and T * T % PADDING == 0) else [T]
-
-
-def _keys(dumps: Sequence[Dump], options: Options) -> dict[Key, bool]:
-    """Return the stages to compare, in chain order, and whether the verdict depends on each.
-
-    Raises:
-        QwenrefError: A stage or layer that was asked for is in none of the dumps.
-    """
-    nine = {stage.name for stage in ATTENTION}
-    every = {key for dump in dumps for key in dump.stages}
-    for wanted, found, what in (
-        (options.stages, {name for _, name in every}, "stage"),
-        (options.layers, {layer for layer, _ in every}, "layer"),
-    ):
-        missing = sorted(set(wanted or ()) - found)
-        if missing:
-            raise QwenrefError(f"none of the dumps has {what} {missing[0]}; {_holdings(dumps)}")
-    deciding = nine | {*(options.stages or ())}
-    both = set.intersection(
-        *({layer for layer, name in dump.stages if name in deciding} for dump in dumps)
-    )
-    keys = sorted(
-        (
-            (layer, name)
-            for layer, name in every
-            if (options.stages is None or name in options.stages)
-            and (options.layers is None or layer in options.layers)
-        ),
-        key=_place_in_chain,
-    )
-    single = any(dump.single for dump in dumps)
-    return {(layer, name): single or (name in deciding and layer in both) for layer, name in keys}
-
-
-def _place_in_chain(key: Key) -> tuple[int, int, str]:
-    layer, name = key
-    known = _NAMES.index(name) if name in _NAMES else len(_NAMES)
-    return MAX_LAYERS if layer is None else layer, known, name
-
-
-def _holdings(dumps: Sequence[Dump]) -> str:
-    """Say what dumps hold, shortly."""
-    texts = []
-    for dump in dumps:
-        names = [name if la is None else f"{la}/{name}" for la, name in dump.stages]
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        texts.append(f"{dump.name} holds {', '.join(names[:3])}{more}")
-    return "; ".join(texts) + "; --names translates other engines' names"
 
 
 def _made_by(manifest: Manifest | None) -> str | None:

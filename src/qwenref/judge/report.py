@@ -5,6 +5,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from qwenref.errors import printable
+from qwenref.judge.floors import AFTER_SOFTMAX
 from qwenref.judge.measurement import LETTERS
 from qwenref.judge.result import Result, StageResult
 from qwenref.judge.slices import describe
@@ -16,7 +17,7 @@ _COUNT = re.compile(r": [0-9]+ stages?( \(generic floor\))?")
 
 _STYLES = {"agree": "32", "differ": "31", "unmeasured": "33", "blind": "33"}
 _COLUMNS = ("stage", "status", "rel L2", "floor", "ratio", "worst slice")
-_GENERIC_FROM = ("attn_scores", "attn_softmax", "attention", "attn_out")
+_GENERIC_FROM = ("attn_scores", *AFTER_SOFTMAX)
 
 
 def report(result: Result, *, limit: int = 10, color: bool = False) -> str:
@@ -59,7 +60,7 @@ def _table(result: Result, color: bool) -> Iterator[str]:
         line = _line(row, widths)
         if color:
             painted = f"\x1b[{_STYLES[stage.status]}m{row[1]}\x1b[0m"
-            line = line.replace(row[1], painted, 1) if row[1] in line else line
+            line = line.replace(row[1], painted, 1)
         yield line
         yield from (f"    {line}" for note in _remarks(stage) for line in _wrapped(note))
     alone = [stage for stage in result.stages if stage not in stages]

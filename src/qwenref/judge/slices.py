@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from qwenref.judge.measurement import Measurement, StageMeasured
 from qwenref.judge.result import Block, Worst
 from qwenref.judge.verdict import Judged
-from qwenref.metrics import MARGIN, Error, Errors
+from qwenref.metrics import MARGIN, Error, Errors, finite
 from qwenref.stages import BY_NAME
 
 _AXES = {"heads": "head", "tokens": "token", "blocks": "block"}
@@ -115,8 +115,3 @@ def ratio_of(value: Error, floor: Error) -> float | None:
     if value is None or floor is None or (value and not floor):
         return None
     return finite(value / floor) if value else 0.0
-
-
-def finite(value: float) -> float | None:
-    """Return a number, None if it is none or infinite."""
-    return value if math.isfinite(value) else None

@@ -144,8 +144,6 @@ def _notes(measurement: Measurement, pairs: Sequence[Judged]) -> Iterator[str]:
             yield f"{who}same numbers, stored as {a} and as {b}: layout, not arithmetic"
         if pair.slices == "last":
             yield f"{who}only the last token is compared"
-        if pair.slices == "last":
-            yield f"{who}only the last token is compared"
         if pair.unsure is not None:
             yield f"{who}{pair.unsure} ({' / '.join(pair.layout or ())})"
         yield from (f"{who}{note}" for note in one.notes)
@@ -161,22 +159,17 @@ def _notes(measurement: Measurement, pairs: Sequence[Judged]) -> Iterator[str]:
 def _with_recoveries(stages: Sequence[StageResult]) -> list[StageResult]:
     """Add a note to each stage that looks better than the one before just because it is larger.
 
-    That can be said of stages of the same axes, as qkv_bias and qkv_matmul: the difference itself
-    did not shrink.
+    That can be said where something is added to the same blocks, as in qkv_bias to qkv_matmul: the
+    difference itself did not shrink.
     """
     by_key = {(stage.layer, stage.stage): stage for stage in stages}
     found = []
     for stage in stages:
         row = BY_NAME.get(stage.stage)
-        sources = row.computed_from if row else ()
-        of_same_axes = [name for name in sources if row and row.blocks and _axes(name) == row.axes]
-        before = [by_key.get((stage.layer, name)) for name in of_same_axes]
-        found.append(_recovered(before[0], stage) if before and before[0] else stage)
+        before = by_key.get((stage.layer, row.computed_from[0])) if row and row.blocks else None
+        blocked = before is not None and BY_NAME[before.stage].blocks
+        found.append(_recovered(before, stage) if before and blocked else stage)
     return found
-
-
-def _axes(name: str) -> tuple[str, ...] | None:
-    return BY_NAME[name].axes if name in BY_NAME else None
 
 
 def _recovered(before: StageResult, after: StageResult) -> StageResult:
