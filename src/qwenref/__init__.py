@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qwenref.dumps.aprt import write_aprt as write_aprt
     from qwenref.judge.diff import assert_stages_close as assert_stages_close
     from qwenref.judge.diff import diff as diff
+    from qwenref.judge.explain import explain as explain
     from qwenref.oracle import Stages as Stages
     from qwenref.oracle import run as run
 
@@ -24,6 +25,7 @@ __all__ = [
     "Stages",
     "assert_stages_close",
     "diff",
+    "explain",
     "read_aprt",
     "run",
     "write_aprt",
@@ -33,6 +35,7 @@ _HOMES = {
     "Stages": "qwenref.oracle",
     "assert_stages_close": "qwenref.judge.diff",
     "diff": "qwenref.judge.diff",
+    "explain": "qwenref.judge.explain",
     "read_aprt": "qwenref.dumps.aprt",
     "run": "qwenref.oracle",
     "write_aprt": "qwenref.dumps.aprt",

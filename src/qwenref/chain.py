@@ -70,7 +70,7 @@ def _computed(
     """
     sizes, T, dtype = attention.config.sizes, len(residual), np.dtype(attention.dtype)
     most = PIECE_BYTES // dtype.itemsize
-    blocks = _spans(0, T, most // sizes["F"])
+    blocks = spans_of(0, T, most // sizes["F"])
     projections = list(takewhile(lambda stage: not stage.sliced, chain))
     sliced = [stage for stage in chain if stage.sliced]
     after = chain[len(projections) + len(sliced) :]
@@ -90,7 +90,7 @@ def _computed(
         for stage in projections:
             yield stage, block, arrays[stage.name]
         mixed = []
-        for span in _spans(block.start, block.stop, most // (sizes["N"] * T)) if sliced else ():
+        for span in spans_of(block.start, block.stop, most // (sizes["N"] * T)) if sliced else ():
             rows = slice(span.start - block.start, span.stop - block.start)
             local = {**seen, "q_post_rope": np.asarray(arrays["q_post_rope"])[rows]}
             for stage in sliced:
@@ -132,7 +132,7 @@ def _value(attention: Attention, stage: Stage, arrays: Arrays, span: Span) -> ja
     )
 
 
-def _spans(start: int, stop: int, most: int) -> list[Span]:
+def spans_of(start: int, stop: int, most: int) -> list[Span]:
     """Cut the tokens into spans of at most `most` (at least one), all of them of the same length.
 
     One shape means one compilation; so the last span begins before the end of the one before it.

@@ -61,20 +61,23 @@ class Sums(NamedTuple):
     """numbers of values"""
 
 
-def sums_of(stage: Stage, truth: np.ndarray, difference: np.ndarray, head_dim: int) -> Sums:
+def sums_of(
+    stage: Stage, truth: np.ndarray, difference: np.ndarray, head_dim: int, first: int = 0
+) -> Sums:
     """Sum up the difference of an array from the truth.
 
     Args:
-        stage: Which stage both are, in the axes of `stage.axes`, for all tokens.
+        stage: Which stage both are, in the axes of `stage.axes`.
         truth: Float64, finite but for masked cells.
         difference: Float64, of that shape.
         head_dim: H.
+        first: Position of the first token.
     """
     if stage.masked:
-        truth, difference = np.tril(truth), np.tril(difference)
-    truth, difference = (_cells(stage, values, head_dim) for values in (truth, difference))
+        truth, difference = np.tril(truth, first), np.tril(difference, first)
+    truth, difference = (cells_of(stage, values, head_dim) for values in (truth, difference))
     T, J, width = truth.shape
-    visible = np.arange(1, T + 1) if stage.masked else np.full(T, width)
+    visible = first + np.arange(1, T + 1) if stage.masked else np.full(T, width)
     with np.errstate(over="ignore"):
         return Sums(
             error=np.einsum("tjc,tjc->tj", difference, difference),
@@ -214,7 +217,7 @@ def _block_of_heads(stage: Stage, heads: int, sizes: Mapping[str, int]) -> np.nd
     return np.repeat(np.arange(len(members)), members)
 
 
-def _cells(stage: Stage, values: np.ndarray, head_dim: int) -> np.ndarray:
+def cells_of(stage: Stage, values: np.ndarray, head_dim: int) -> np.ndarray:
     """Return the values of each token and head, [T, J, values]."""
     if stage.axes[0] == "N":
         return values.swapaxes(0, 1)

@@ -70,7 +70,7 @@ def run(
         QwenrefError: The checkpoint, the tokens or an option cannot be used; one line says why.
     """
     arrange = layout_named(layout)
-    tokens = _whole_numbers(tokens)
+    tokens = whole_numbers(tokens)
     checkpoint = Checkpoint(Path(model_dir))
     checkpoint.config.refuse_window(0, len(tokens))
     check_tensors(checkpoint, 0, embedding=True)
@@ -90,7 +90,12 @@ def run(
     return arrays
 
 
-def _whole_numbers(tokens: Iterable[SupportsIndex]) -> list[int]:
+def whole_numbers(tokens: Iterable[SupportsIndex]) -> list[int]:
+    """Return token ids as Python's whole numbers.
+
+    Raises:
+        QwenrefError: They are none.
+    """
     try:
         return [operator.index(token) for token in tokens]
     except TypeError as error:

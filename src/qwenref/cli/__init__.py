@@ -1,6 +1,7 @@
 """The command line: parse, call one function, print, exit.
 
-Exit status: 0 done, 1 the dumps differ or nobody reads the output any more, 2 trouble, 130
+Exit status: 0 done, 1 the dumps differ, a stage is wrong, or nobody reads the
+output any more, 2 trouble, 130
 interrupted.
 """
 
@@ -16,6 +17,7 @@ import typer
 import qwenref
 from qwenref.cli.capture import capture
 from qwenref.cli.diff import diff
+from qwenref.cli.explain import explain
 from qwenref.errors import QwenrefError, printable
 from qwenref.files import reason
 
@@ -26,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(capture)
 app.command()(diff)
+app.command()(explain)
 
 
 def main() -> None:

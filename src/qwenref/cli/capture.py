@@ -1,23 +1,20 @@
 """`qwenref capture`: parse, call one function, print."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from qwenref.cli.shared import prepare_for_jax
 from qwenref.errors import printable
 from qwenref.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from qwenref.capture import Captured
-
-M_ARENA_MAX = -8
-"""From glibc's malloc.h: how many heaps threads may have between them."""
 
 
 def capture(
@@ -82,7 +79,7 @@ def capture(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No table, no progress.")] = False,
 ) -> None:
     """Write the stages of one layer's attention as APRT files, with a manifest."""
-    _prepare_for_jax(device)
+    prepare_for_jax(device)
     with _progress(quiet) as progress, Interrupts() as interrupts:
         # not interrupted: an exception in the midst of an import may be lost, or crash it
         from qwenref import capture as capturing
@@ -114,17 +111,6 @@ def capture(
         typer.echo(done.manifest.to_json(), nl=False)
     elif not quiet:
         typer.echo(_table(done, residual))
-
-
-def _prepare_for_jax(device: str) -> None:
-    """Set what has to be set before JAX is imported."""
-    import ctypes
-
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others use the GPU too
-    if device == "cpu":
-        os.environ["JAX_PLATFORMS"] = "cpu"  # do not even wake the GPU
-    with suppress(AttributeError):  # there is mallopt in glibc, where each thread of XLA would
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # otherwise keep freed memory for itself
 
 
 @contextmanager

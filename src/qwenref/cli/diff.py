@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from qwenref.cli.shared import print_whole
 from qwenref.errors import QwenrefError
 
 
@@ -123,7 +124,7 @@ def diff(
         terminal = sys.stdout is not None and sys.stdout.isatty()
         color = terminal and not os.environ.get("NO_COLOR")
         text = report(result, limit=limit, color=color)
-    _print(text, json=json)
+    print_whole(text, json=json)
     return result.exit_status
 
 
@@ -167,20 +168,3 @@ def _sizes(
     if sizes["N"] % sizes["K"]:
         raise QwenrefError(f"--heads {heads} is not a multiple of --kv-heads {kv_heads}")
     return sizes
-
-
-def _print(text: str, *, json: bool = False) -> None:
-    """Print; if nobody reads any more, the exit status still says what was found.
-
-    JSON is UTF-8 whatever the terminal's encoding; in text, what that lacks is escaped.
-    """
-    if sys.stdout is None:
-        return
-    encoding = "utf-8" if json else sys.stdout.encoding
-    content = (text.rstrip("\n") + "\n").encode(encoding, "backslashreplace")
-    try:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(content)
-        sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit

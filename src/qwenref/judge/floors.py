@@ -11,7 +11,7 @@ from msgspec.structs import astuple
 
 from qwenref.dumps.manifest import Manifest
 from qwenref.files import parse_json, read_bounded
-from qwenref.metrics import Error, Errors, for_all_tokens, heads_in
+from qwenref.metrics import MARGIN, Error, Errors, for_all_tokens, heads_in
 from qwenref.stages import BY_NAME, EMBEDDING
 
 PRECISIONS = ("float32", "float16", "bfloat16")
@@ -188,3 +188,18 @@ def for_last_token(floors: Errors) -> Errors:
 def for_elements(floors: Errors) -> Errors:
     """Return the errors, or floors, of what is judged of an array of unknown shape."""
     return Errors(floors.whole, [], [], [], floors.element)
+
+
+def seeing(floors: Errors) -> Errors:
+    """Return floors without those that let nearly everything pass."""
+
+    def kept(floor: Error) -> Error:
+        return floor if floor is not None and floor * MARGIN < BLIND else None
+
+    return Errors(
+        kept(floors.whole),
+        [*map(kept, floors.blocks)],
+        [*map(kept, floors.heads)],
+        [*map(kept, floors.tokens)],
+        kept(floors.element),
+    )

@@ -5,10 +5,10 @@ from typing import NamedTuple
 
 import msgspec
 
-from qwenref.judge.floors import BLIND, PRECISIONS, for_elements, for_last_token
+from qwenref.judge.floors import PRECISIONS, for_elements, for_last_token, seeing
 from qwenref.judge.measurement import LETTERS, Compared, Measurement, Nonfinite, Pair, StageMeasured
 from qwenref.judge.result import Status
-from qwenref.metrics import MARGIN, Error, Errors, Worst, worst_of
+from qwenref.metrics import MARGIN, Errors, Worst, worst_of
 from qwenref.stages import ATTENTION
 
 _CHAIN = [stage.name for stage in ATTENTION]
@@ -113,10 +113,10 @@ def _held_to(one: Judged) -> Judged:
     errors, compared, floors = one.pair.errors, one.pair.compared, one.floors
     if errors is None or compared is None or floors is None:
         return one
-    seeing, margin = (floors, 1.0) if one.tolerated else (_seeing(floors), MARGIN)
+    kept, margin = (floors, 1.0) if one.tolerated else (seeing(floors), MARGIN)
     if floors.whole is not None and (errors.whole is None or errors.whole > margin * floors.whole):
-        seeing = msgspec.structs.replace(seeing, whole=floors.whole)
-    one = one._replace(worst=worst_of(errors, seeing))
+        kept = msgspec.structs.replace(kept, whole=floors.whole)
+    one = one._replace(worst=worst_of(errors, kept))
     if compared.nonfinite.differ:
         return one._replace(status="differ", reason=_nonfinite(one.pair, compared.nonfinite))
     if compared.cells == 0:
@@ -129,7 +129,7 @@ def _held_to(one: Judged) -> Judged:
         return one._replace(status="blind", reason=one.pair.unsure)
     if compared.nonfinite.a > compared.cells:
         return one._replace(status="blind", reason="most values are infinite in both")
-    if seeing.whole is None and errors.whole != 0:
+    if kept.whole is None and errors.whole != 0:
         normal = "unbounded" if floors.whole is None else f"{floors.whole:.1g}"
         return one._replace(status="blind", reason=f"the error that is normal, {normal}, hides all")
     return one
@@ -143,21 +143,6 @@ def _tolerance(errors: Errors, within: float) -> Errors:
         [within] * len(errors.heads),
         [within] * len(errors.tokens),
         None,
-    )
-
-
-def _seeing(floors: Errors) -> Errors:
-    """Return floors without those that let nearly everything pass."""
-
-    def kept(floor: Error) -> Error:
-        return floor if floor is not None and floor * MARGIN < BLIND else None
-
-    return Errors(
-        kept(floors.whole),
-        [*map(kept, floors.blocks)],
-        [*map(kept, floors.heads)],
-        [*map(kept, floors.tokens)],
-        kept(floors.element),
     )
 
 

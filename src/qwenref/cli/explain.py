@@ -1,0 +1,80 @@
+"""`qwenref explain`: parse, call one function, print."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qwenref.cli.shared import prepare_for_jax, print_whole
+from qwenref.errors import QwenrefError
+from qwenref.interrupts import Interrupts
+
+
+def explain(
+    dump: Annotated[Path, typer.Argument(metavar="DUMP", help="The engine's dump directory.")],
+    model: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint that the engine ran. Without it only what needs no weights is judged."
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="What it ran. Default: its manifest, What is 2+2?"),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(metavar="IDS|@FILE", help="Token ids instead: 3838,374,220 or @FILE."),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option(metavar="DUMP", help="Try this one too: is it the one that is wrong?"),
+    ] = None,
+    layers: Annotated[str, typer.Option(metavar="N", help="Which layer.")] = "0",
+    names: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.json|llama.cpp|hf", help="Translate another engine's names of stages."
+        ),
+    ] = None,
+    exact_weights: Annotated[
+        bool, typer.Option("--exact-weights", help="Rounded (quantised) weights are a fault.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(metavar="auto|cpu|gpu", help="What to compute on.")
+    ] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print the last lines.")] = False,
+) -> int:
+    """Say from an engine's own dumps which stage is wrong, and how precisely it computes.
+
+    Exit status: 0 none is, 1 one is, 2 neither can be said.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads take longer to start than to help
+    prepare_for_jax(device)
+    with Interrupts() as interrupts:
+        # not interrupted: an exception in the midst of an import may be lost, or crash it
+        from qwenref.judge import explain as explaining
+        from qwenref.judge.words import last_lines, report
+        from qwenref.model.tokens import parse_tokens
+        from qwenref.stages import parse_layers
+
+        with interrupts.let_through():
+            layer, *others = parse_layers(layers)
+            if others:
+                raise QwenrefError(f"--layers {layers!r}: explain takes one layer at a time")
+            answer = explaining.explain(
+                dump,
+                model=model,
+                prompt=prompt,
+                tokens=None if tokens is None else parse_tokens(tokens),
+                reference=reference,
+                layer=layer,
+                names=names,
+                exact_weights=exact_weights,
+                device=device,
+            )
+    shown = "\n".join(last_lines(answer)) if quiet else report(answer)
+    print_whole(answer.to_json() if json else shown, json=json)
+    return answer.exit_status

@@ -1,0 +1,36 @@
+"""What commands have in common: getting ready for JAX, and printing."""
+
+import os
+import sys
+from contextlib import suppress
+
+M_ARENA_MAX = -8
+"""From glibc's malloc.h: how many heaps threads may have between them."""
+
+
+def prepare_for_jax(device: str) -> None:
+    """Set what has to be set before JAX is imported."""
+    import ctypes
+
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others use the GPU too
+    if device == "cpu":
+        os.environ["JAX_PLATFORMS"] = "cpu"  # do not even wake the GPU
+    with suppress(AttributeError):  # there is mallopt in glibc, where each thread of XLA would
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # otherwise keep freed memory for itself
+
+
+def print_whole(text: str, *, json: bool = False) -> None:
+    """Print; if nobody reads any more, the exit status still says what was found.
+
+    JSON is UTF-8 whatever the terminal's encoding; in text, what that lacks is escaped.
+    """
+    if sys.stdout is None:
+        return
+    encoding = "utf-8" if json else sys.stdout.encoding
+    content = (text.rstrip("\n") + "\n").encode(encoding, "backslashreplace")
+    try:
+        sys.stdout.flush()
+        sys.stdout.buffer.write(content)
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit

@@ -1,0 +1,264 @@
+"""Honest choices of engines: what is rounded to what, and which stages are made in one go.
+
+A dialect is executed, like a fault, and then its error is looked at; unlike a fault it is never a
+verdict. llama.cpp rounds the operands of its products to the type of their matrices (ggml-cpu.c),
+and those of attention to the type of the KV cache; transformers rounds every result
+(modeling_qwen2.py); a GPU may round operands to TF32.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+
+from qwenref.model.precision import FORMATS, RESULTS, nearest
+from qwenref.stages import RESIDUAL
+
+NARROW = ("bfloat16", "float16")
+"""Formats of results and of whole dumps, in the order in which they are tried."""
+
+FLOATING = ("float16", "bfloat16", "tf32")
+BLOCKS = ("q8_0", "q8_K")
+"""Formats of the operands of products; activations alone are rounded to blocks."""
+
+MATRICES = {"qkv_matmul": "qkv_operands", "attn_out": "out_operands"}
+CACHE = {"attn_scores": "scores_operands", "attention": "attention_operands"}
+"""Where the operands of products are rounded: to the format of matrices, or of the KV cache."""
+
+OPERAND_POINTS = MATRICES | CACHE
+
+INPUTS = {"attn_scores": ("q", "k"), "attention": ("probabilities", "v")}
+"""What to call operands that may be rounded apart."""
+
+INNER = {
+    "attn_norm": {"normed": "x / rms rounded before the weight"},
+    "q_post_rope": {"cos_sin": "cos and sin rounded", "rotated": "both products rounded"},
+    "k_post_rope": {"cos_sin": "cos and sin rounded", "rotated": "both products rounded"},
+    "attn_scores": {"products": "q . k rounded before the scale"},
+}
+"""Where an engine that rounds results may round inside a stage too."""
+
+Formats = tuple[tuple[str, str], ...]
+"""Rounding points and the format at each."""
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One honest choice.
+
+    Attributes:
+        id: A short name.
+        text: In words.
+        inputs: The format that each input is rounded to; empty for none.
+        formats: The format at rounding points (`qwenref.model.precision.POINTS`), of this stage and
+            of those that are computed on the way to it.
+        result: The format of the result.
+        skips: Stages that exist in dumps alone, because the engine makes this one without them.
+        flash: Whether `flash_attention` stands for attn_scores, attn_softmax and attention.
+    """
+
+    id: str
+    text: str
+    inputs: tuple[str, ...] = ()
+    formats: Formats = ()
+    result: str = "exact"
+    skips: frozenset[str] = frozenset()
+    flash: bool = False
+
+    @property
+    def on_the_way(self) -> "Dialect":
+        """How stages are computed that this one takes and that are not held."""
+        return replace(EXACT, formats=self.formats, flash=self.flash)
+
+    def rounded_inputs(self, given: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Round the inputs of a stage."""
+        if not self.inputs:
+            return [*given]
+        return [in_format(x, name) for x, name in zip(given, self.inputs, strict=True)]
+
+
+EXACT = Dialect("exact", "float32")
+
+
+def operand_dialects(stage: str, bridges: Collection[str]) -> Iterator[Dialect]:
+    """Yield how the operands of products may be rounded, those first that round the least.
+
+    Args:
+        stage: The stage that is computed.
+        bridges: Stages that are computed on the way.
+    """
+    on_the_way = {stage, *bridges}
+    matrices = [point for name, point in MATRICES.items() if name in on_the_way]
+    caches = [point for name, point in CACHE.items() if name in on_the_way]
+    if stage in INPUTS and not bridges:
+        yield from _apart(stage)
+        return
+    of_matrices = ["exact", *(FLOATING + BLOCKS if matrices else ())]
+    of_caches = ["exact", *(FLOATING if caches else ())]
+    if {"attn_scores", "attn_softmax", "attention"} <= on_the_way:
+        of_caches.append("flash")
+    pairs = sorted(product(of_matrices, of_caches), key=lambda pair: -pair.count("exact"))
+    for matrix, cache in pairs[1:]:
+        yield _of_products(matrices, matrix, caches, cache)
+    if matrices:
+        for narrow in NARROW:
+            yield Dialect(
+                f"weights-{narrow}", f"weights rounded to {narrow}", formats=(("stored", narrow),)
+            )
+
+
+def _of_products(
+    matrices: Sequence[str], matrix: str, caches: Sequence[str], cache: str
+) -> Dialect:
+    names, texts, formats = [], [], []
+    if matrix != "exact":
+        names.append(f"operands-{matrix}")
+        texts.append(f"operands rounded to {matrix}")
+        formats += [(point, matrix) for point in matrices]
+    if cache == "flash":
+        names.append("flash-float16")
+        texts.append("flash attention with q, k, v and the running sum of values in float16")
+    elif cache != "exact":
+        names.append(f"{'cache' if names else 'operands'}-{cache}")
+        texts.append(f"{'those of attention' if texts else 'operands rounded'} to {cache}")
+        formats += [(point, cache) for point in caches]
+    return Dialect(
+        "-".join(names), ", ".join(texts), formats=tuple(formats), flash=cache == "flash"
+    )
+
+
+def _apart(stage: str) -> Iterator[Dialect]:
+    """Yield how the two operands of a product may be rounded, together or apart."""
+    names = INPUTS[stage]
+    pairs = product(("exact", *FLOATING), repeat=2)
+    for pair in sorted(pairs, key=lambda pair: (-pair.count("exact"), pair[0] != pair[1])):
+        if pair == ("exact", "exact"):
+            continue
+        if pair[0] == pair[1]:
+            yield Dialect(f"operands-{pair[0]}", f"operands rounded to {pair[0]}", pair)
+            continue
+        rounded = [(name, to) for name, to in zip(names, pair, strict=True) if to != "exact"]
+        yield Dialect(
+            "-".join(f"{name}-{to}" for name, to in rounded),
+            " and ".join(f"{name} rounded to {to}" for name, to in rounded),
+            pair,
+        )
+
+
+def result_dialects(stage: str, bridges: Collection[str], narrow: str) -> Iterator[Dialect]:
+    """Yield how results may be rounded to a format, and what may be rounded on the way.
+
+    Args:
+        stage: The stage that is computed.
+        bridges: Stages that are computed on the way; their results are rounded too.
+        narrow: The format.
+    """
+    text = f"result rounded to {narrow}"
+    between = [name for name in bridges if name in RESULTS]
+    if stage == RESIDUAL:
+        yield Dialect(f"result-{narrow}", text, formats=(("stored", narrow),), result=narrow)
+        return
+    if stage == "qkv_bias" and "qkv_matmul" in bridges:
+        text = f"bias added before the one rounding to {narrow}"
+    found: dict[str, str] = {}
+    for name in (stage, *bridges):
+        found |= INNER.get(name, {})
+    inner = [*found.items()]
+    for chosen in (inner, *([one] for one in inner if len(inner) > 1), *([[]] if inner else [])):
+        points = [point for point, _ in chosen]
+        formats = [(point, narrow) for point in ("stored", *between, *points)]
+        yield Dialect(
+            "-".join([f"result-{narrow}", *points]),
+            ", ".join([text, *(words for _, words in chosen)]),
+            formats=tuple(formats),
+            result=narrow,
+        )
+
+
+def flash_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int) -> np.ndarray:
+    """Attend key by key, as llama.cpp does with a float16 cache (ggml_flash_attn_ext, CPU).
+
+    Operands are rounded to float16, and so is the running sum of values after each key.
+
+    Args:
+        q: [T, N, H].
+        k: [S, K, H].
+        v: [S, K*H].
+        first: Position of the first query.
+
+    Returns:
+        [T, E].
+    """
+    T, N, H = q.shape
+    S, K, _ = k.shape
+    q, k, v = (in_format(x, "float16") for x in (q, k, v.reshape(S, K, H)))
+    scores = np.einsum("TKGH,SKH->STKG", q.reshape(T, K, N // K, H), k).reshape(S, T, N)
+    scores = scores.astype(np.float32) * np.float32(H**-0.5)
+    largest, total, mixed = (
+        np.full((T, N), -np.inf, np.float32),
+        np.zeros((T, N)),
+        np.zeros((T, N, H)),
+    )
+    for key in range(S):
+        seen = slice(max(0, key - first), None)  # the queries that see it
+        score = scores[key, seen]
+        above = np.maximum(largest[seen], score)
+        kept, weight = np.exp(largest[seen] - above), np.exp(score - above)
+        values = np.repeat(v[key], N // K, axis=0)
+        scaled = (mixed[seen] * kept[:, :, None]).astype(np.float32).astype(np.float16)
+        added = scaled + weight[:, :, None] * values
+        mixed[seen] = added.astype(np.float32).astype(np.float16)
+        total[seen] = total[seen] * kept + weight
+        largest[seen] = above
+    return (mixed / total[:, :, None]).reshape(T, -1)
+
+
+def in_format(values: np.ndarray, name: str) -> np.ndarray:
+    """Round float64 values to a format, a floating-point one or blocks of whole numbers."""
+    if name == "exact":
+        return values
+    if name == "q8_0":
+        return _q8_0(values)
+    if name == "q8_K":
+        return _q8_k(values)
+    return nearest(values, FORMATS[name])
+
+
+def fits(values: np.ndarray, name: str) -> bool:
+    """Return whether rounding to a format changes no value; NaN and infinities are left out."""
+    values = values[np.isfinite(values)]
+    return np.array_equal(nearest(values, FORMATS[name]), values)
+
+
+def _q8_0(values: np.ndarray) -> np.ndarray:
+    """Blocks of 32, a float16 scale of the largest / 127 each (quantize_row_q8_0, ggml)."""
+    blocks, shape = _blocks(values, 32)
+    largest = np.abs(blocks).max(axis=-1, keepdims=True)
+    scale = (largest / np.float32(127)).astype(np.float32)
+    steps = np.divide(127, largest, out=np.zeros_like(largest), where=largest > 0)
+    whole = np.rint((blocks * steps.astype(np.float32)).astype(np.float32))
+    return _joined(whole * scale.astype(np.float16).astype(np.float64), shape)
+
+
+def _q8_k(values: np.ndarray) -> np.ndarray:
+    """Blocks of 256, a float32 scale of minus the largest / 127 each (quantize_row_q8_K, ggml)."""
+    blocks, shape = _blocks(values, 256)
+    at = np.abs(blocks).argmax(axis=-1, keepdims=True)
+    largest = np.take_along_axis(blocks, at, axis=-1)
+    steps = np.divide(-127, largest, out=np.zeros_like(largest), where=largest != 0)
+    steps = steps.astype(np.float32)
+    whole = np.minimum(np.rint((blocks * steps).astype(np.float32)), 127)
+    scale = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
+    return _joined(whole * scale.astype(np.float64), shape)
+
+
+def _blocks(values: np.ndarray, length: int) -> tuple[np.ndarray, tuple[int, ...]]:
+    """Cut rows into blocks, the last one filled up with zeros."""
+    missing = -values.shape[-1] % length
+    padded = np.pad(values, [*[(0, 0)] * (values.ndim - 1), (0, missing)])
+    return padded.reshape(*values.shape[:-1], -1, length), values.shape
+
+
+def _joined(blocks: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return blocks.reshape(*shape[:-1], -1)[..., : shape[-1]]

@@ -1,0 +1,136 @@
+"""From the standing of each stage to what is reported of it."""
+
+from collections.abc import Mapping, Sequence
+
+from qwenref.judge.dialects import NARROW
+from qwenref.judge.explanation import (
+    Check,
+    DialectFound,
+    StageExplained,
+    Status,
+    WeightNoise,
+    WorstSlice,
+)
+from qwenref.judge.floors import for_last_token, generic_floors
+from qwenref.judge.pattern import pattern_of
+from qwenref.judge.precision_of import all_fit
+from qwenref.judge.residual import residual_of
+from qwenref.judge.trial import CHAIN, Standing, Trial
+from qwenref.metrics import MARGIN, Error, finite, worst_of
+from qwenref.stages import EMBEDDING, RESIDUAL
+
+WRONG = ("added", "dumped_wrong")
+
+
+def explained_stages(
+    trial: Trial, misfits: Mapping[str, str], found: Sequence[Check]
+) -> list[StageExplained]:
+    """Return all stages in chain order; what enters the layer only if that was dumped.
+
+    Args:
+        trial: Its standings.
+        misfits: Why files of some stages cannot be used.
+        found: Checks, which decide where a stage cannot be computed.
+    """
+    oracle = trial.replay.without_dumps()
+    tainted: set[str] = set()
+    stages = []
+    for name in CHAIN:
+        standing = trial.standings[name]
+        if name == RESIDUAL and name in trial.replay.held and standing.account is None:
+            continue  # it is where the replay begins
+        if name not in trial.replay.held:
+            if name != RESIDUAL or name in misfits:
+                stages.append(StageExplained(label(name), "unmeasured", misfits.get(name)))
+            continue
+        replay = trial.replay
+        dtype = next((of for of in NARROW if all_fit(replay, name, of)), "float32")
+        total, normal = None, False
+        if oracle.can(name):
+            oracle.held = {name: replay.held[name]}
+            residual = residual_of(oracle, name)
+            total = residual.errors.whole
+            floors = generic_floors(None, label(name), replay.sizes, replay.sizes["T"], None)[dtype]
+            worst = worst_of(residual.errors, for_last_token(floors) if residual.first else floors)
+            normal = not residual.contradictions and (worst is None or worst.ratio <= MARGIN)
+        status, reason = standing.status, standing.reason
+        if standing.account is None:
+            failing = [of.name for of in found if of.status == "fails" and blamed(of) == name]
+            if failing:
+                status, reason = "added", f"{failing[0]}, in any right engine, and not here"
+        sources = replay.reads(name, standing.skip) if name != RESIDUAL else set()
+        if status == "agree" and sources & tainted and not normal:
+            status = "inherited"
+        if status in ("added", "inherited"):
+            tainted.add(name)
+        stages.append(_stage(trial, standing, status, reason, dtype, total))
+    return stages
+
+
+def label(name: str) -> str:
+    """Return what a stage is called in reports."""
+    return EMBEDDING.name if name == RESIDUAL else name
+
+
+def blamed(check: Check) -> str:
+    """Return the stage that a failing check speaks against."""
+    return next(name for name in (*CHAIN, "") if name and name in check.name)
+
+
+def _stage(
+    trial: Trial,
+    standing: Standing,
+    status: Status,
+    reason: str | None,
+    dtype: str,
+    total: Error,
+) -> StageExplained:
+    name, replay = standing.name, trial.replay
+    way = replay.held[name].way.name
+    if replay.held[name].factor != 1:
+        way += ", before 1/sqrt(H)"
+    if standing.account is None:
+        return StageExplained(label(name), status, reason, dtype, total, layout=way)
+    best = standing.account.weighed
+    contradictions = best.residual.contradictions
+    if contradictions and status in WRONG:
+        reason = f"{contradictions} NaN or infinite values that do not follow from what is before"
+    worst = best.worst
+    return StageExplained(
+        stage=label(name),
+        status=status,
+        reason=reason,
+        dtype=dtype,
+        total=total,
+        added=None if contradictions else standing.account.added.residual.errors.whole,
+        floor=best.floors.whole,
+        ratio=None if worst is None or contradictions else finite(worst.ratio),
+        worst=None
+        if worst is None
+        else WorstSlice(
+            worst.slice.removesuffix("s"),
+            best.residual.first + worst.which if worst.slice == "tokens" else worst.which,
+            finite(worst.ratio),
+        ),
+        pattern=pattern_of(replay, name, standing.skip, best) if status in WRONG else None,
+        layout=way,
+        computed_from=_in_order(replay.reads(name, standing.skip)) if name != RESIDUAL else [],
+        bridged=_in_order(replay.bridges(name, standing.skip)) if name != RESIDUAL else [],
+        dialects=[
+            DialectFound(of.dialect.id, of.dialect.text, of.error_after)
+            for of in standing.account.choices
+        ],
+    )
+
+
+def _in_order(names: set[str]) -> list[str]:
+    return [label(name) for name in CHAIN if name in names]
+
+
+def weight_noise_of(trial: Trial) -> WeightNoise | None:
+    """Return the widths of weights that seem to be rounded; None if none do."""
+    bits: dict[str, float] = {}
+    for standing in trial.standings.values():
+        if standing.status not in WRONG:
+            bits |= {tensor: round(of, 1) for tensor, of in standing.bits.items()}
+    return WeightNoise(**bits) if bits else None

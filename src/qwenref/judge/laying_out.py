@@ -1,0 +1,85 @@
+"""In which order of axes a dumped stage is meant: that in which it is what it was computed from.
+
+A stage that is both oddly laid out and wrong fits in no order; then the stages that were computed
+from it decide, and what its sibling (k for q) is laid out as.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from qwenref.judge.alignment import Side
+from qwenref.judge.floors import BLIND
+from qwenref.judge.held import Held
+from qwenref.judge.replay import Replay
+from qwenref.judge.residual import compared, row_of
+from qwenref.stages import ATTENTION, Stage
+
+CLEARLY = 0.5
+"""Of two orders, the one with at most this part of the other's error is meant. Wrong orders of
+honest dumps are off by 0.5 to 1.4 and right ones by 0.2 at most, in Q2_K (docs/explain.md).
+"""
+
+SIBLINGS = {"q_post_rope": "k_post_rope", "k_post_rope": "q_post_rope"}
+
+
+def readings(stage: Stage, side: Side, sizes: Mapping[str, int]) -> list[Held]:
+    """Return all ways to read a dumped stage of T tokens, the likeliest first."""
+    mapped = [stored.mapped() for stored in side.parts]
+    T, found = sizes["T"], []
+    for way in side.ways(stage, sizes, T):
+        first = T - len(way.views([each.values for each in mapped])[0])
+        if T == 1 and way.cuts_off_keys([each.values for each in mapped]):
+            continue  # they may be real ones, of a longer context
+        factors = (1.0, sizes["H"] ** -0.5) if stage.name == "attn_scores" else (1.0,)
+        found += [Held(stage, mapped, way, first, factor) for factor in factors]
+    return found
+
+
+def lay_out(replay: Replay, name: str, ways: Sequence[Held]) -> None:
+    """Let a replay hold a stage as it is meant, as far as what it is computed from can tell."""
+    errors = [_error(replay, name, way) for way in ways] if replay.can(name) else []
+    if not errors:
+        replay.hold(name, ways[0])
+        return
+    least = min(errors)
+    replay.hold(name, ways[errors.index(least)] if least < CLEARLY * errors[0] else ways[0])
+
+
+def lay_out_by_consumers(replay: Replay, name: str, ways: Sequence[Held]) -> None:
+    """Choose again for a stage that is wrong in any order: by what was computed from it."""
+    if len(ways) == 1:
+        return
+    before = replay.held[name]
+    consumers = [
+        after.name
+        for after in ATTENTION
+        if name in after.computed_from and after.name in replay.held
+    ]
+    errors = []
+    for way in ways:
+        replay.hold(name, way)
+        errors.append([_error(replay, after, replay.held[after]) for after in consumers])
+    best = min(ways, key=lambda way: max(errors[ways.index(way)], default=math.inf))
+    if consumers and max(errors[ways.index(best)]) < BLIND:
+        replay.hold(name, best)
+        return
+    sibling = replay.held.get(SIBLINGS.get(name, ""))
+    alike = [way for way in ways if sibling is not None and way.way.letters == sibling.way.letters]
+    replay.hold(name, alike[0] if alike else before)
+
+
+def _error(replay: Replay, name: str, way: Held) -> float:
+    """Return the relative L2 of a stage, read in one way, where both sides are finite."""
+    stage = row_of(name)
+    off = of = 0.0
+    ends = [*dict.fromkeys((replay.spans[0], replay.spans[-1]))]
+    with np.errstate(invalid="ignore", over="ignore"):
+        for first, truth, dumped in compared(replay, name, way, spans=ends):
+            if stage.masked:
+                truth, dumped = np.tril(truth, first), np.tril(dumped, first)
+            finite = np.isfinite(truth) & np.isfinite(dumped)
+            off += float(np.sum(np.square((dumped - truth)[finite])))
+            of += float(np.sum(np.square(truth[finite])))
+    return math.sqrt(off / of) if of else math.inf if off else 0.0

@@ -1,0 +1,143 @@
+"""Where in a stage an error sits, in words."""
+
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from qwenref.judge.replay import Replay, Skip
+from qwenref.judge.residual import Weighed, compared
+from qwenref.metrics import MARGIN, cells_of
+from qwenref.stages import Stage
+
+SMALL = 0.01
+"""Of the largest difference: a smaller one does not count beside it."""
+
+
+def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
+    """Say in which tokens, heads and channels a stage is off by more than is normal."""
+    stage, sizes = found.residual.stage, replay.sizes
+    held = replay.held[name]
+    T, J, W = _shape(stage, found, sizes)
+    tokens, heads, columns = np.zeros(T, bool), np.zeros(J, bool), np.zeros((J, W), bool)
+    count, least = 0, _least(found)
+    for first, truth, dumped in compared(replay, name, held, skip):
+        bad = _bad(stage, truth, dumped, first, least, sizes)
+        start = first - held.first
+        tokens[start : start + len(bad)] |= bad.any(axis=(1, 2))
+        heads |= bad.any(axis=(0, 2))
+        columns |= bad.any(axis=0)
+        count += int(np.count_nonzero(bad))
+    if count == 0:
+        return "spread thinly"
+    if count == 1:
+        head, cell = (int(at[0]) for at in np.nonzero(columns))
+        token = int(np.flatnonzero(tokens)[0]) + held.first
+        where = [f"token {token}", *_head(stage, sizes, [head], J), _cells(stage, [cell])]
+        return f"one element: {', '.join(where)}"
+    words = [
+        *_tokens(tokens, held.first),
+        *_places(stage, sizes, heads, columns),
+    ]
+    return ", ".join(words) or "everywhere"
+
+
+def _shape(stage: Stage, found: Weighed, sizes: dict[str, int]) -> tuple[int, int, int]:
+    T, J = found.residual.sums.error.shape
+    return T, J, sizes["T"] if stage.masked else sizes["D"] if "D" in stage.axes else sizes["H"]
+
+
+def _least(found: Weighed) -> tuple[np.ndarray, float, int]:
+    """Return what differences count: by token and head, and those that are not small."""
+    sums = found.residual.sums
+    scale = np.sqrt(sums.scale.min(axis=0) / sums.cells)
+    block = np.sqrt(sums.scale.min(axis=0).sum() / sums.cells.sum())
+    normal = MARGIN * (found.floors.element or 0.0)
+    largest = float(np.max(sums.largest, initial=0.0))
+    return normal * np.maximum(scale, block), SMALL * largest, found.residual.first
+
+
+def _bad(
+    stage: Stage,
+    truth: np.ndarray,
+    dumped: np.ndarray,
+    first: int,
+    least: tuple[np.ndarray, float, int],
+    sizes: dict[str, int],
+) -> np.ndarray:
+    """Return which values are off, [t, J, W]."""
+    if stage.masked:
+        truth, dumped = np.tril(truth, first), np.tril(dumped, first)
+    truth, dumped = (cells_of(stage, of, sizes["H"]) for of in (truth, dumped))
+    normal, small, held_from = least
+    start = first - held_from
+    limit = np.maximum(normal[start : start + len(truth)], small)[:, :, None]
+    with np.errstate(invalid="ignore"):
+        off = np.abs(dumped - truth) > limit
+    clash = np.isfinite(dumped) != np.isfinite(truth)
+    return off | clash
+
+
+def _tokens(tokens: np.ndarray, first: int) -> Iterator[str]:
+    T, bad = len(tokens), (np.flatnonzero(tokens) + first).tolist()
+    if len(bad) == T:
+        return
+    good = (np.flatnonzero(~tokens) + first).tolist()
+    if len(good) == 1 and T > 2:
+        yield f"all but token {good[0]}"
+    elif len(bad) > 1 and bad == [*range(bad[0], T + first)]:
+        yield f"from position {bad[0]} on"
+    else:
+        yield f"token{'s' * (len(bad) > 1)} {ranges(bad)}"
+
+
+def _places(
+    stage: Stage, sizes: dict[str, int], heads: np.ndarray, columns: np.ndarray
+) -> Iterator[str]:
+    J, W = columns.shape
+    bad = np.flatnonzero(heads).tolist()
+    cells = np.flatnonzero(columns.any(axis=0)).tolist()
+    if len(cells) < W and len(bad) > 1 and not stage.masked:
+        flat = np.flatnonzero(columns.reshape(-1))
+        if len(flat) < len(bad) * len(cells) and flat[-1] - flat[0] + 1 == len(flat):
+            yield f"columns {flat[0]}..{flat[-1]} of {J * W}"
+            return
+    yield from _head(stage, sizes, bad, J)
+    if len(cells) < W and not (stage.masked and len(cells) > W // 2):
+        yield _cells(stage, cells) + (" of every head" if len(bad) == J > 1 else "")
+
+
+def _head(stage: Stage, sizes: dict[str, int], heads: Sequence[int], J: int) -> Iterator[str]:
+    """Say which heads, or which of q, k, v; nothing if it is all."""
+    if len(heads) == J:
+        return
+    if not stage.blocks:
+        yield f"head{'s' * (len(heads) > 1)} {ranges(heads)}"
+        return
+    edges = np.cumsum([0, sizes["N"], sizes["K"], sizes["K"]]).tolist()
+    for name, (start, stop) in zip(stage.blocks, pairwise(edges), strict=True):
+        inside = [head - start for head in heads if start <= head < stop]
+        if len(inside) == stop - start:
+            yield f"all of {name}" if len(heads) > len(inside) else f"only {name}"
+        elif inside:
+            yield f"{name} head{'s' * (len(inside) > 1)} {ranges(inside)}"
+
+
+def _cells(stage: Stage, cells: Sequence[int]) -> str:
+    word = "key" if stage.masked else "channel"
+    return f"{word}{'s' * (len(cells) > 1)} {ranges(cells)}"
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Return whole numbers in words: ``1, 3..5``; of many pieces the first three."""
+    pieces: list[list[int]] = []
+    for number in numbers:
+        if pieces and number == pieces[-1][1] + 1:
+            pieces[-1][1] = number
+        else:
+            pieces.append([number, number])
+    texts = []
+    for low, high in pieces[:3]:
+        texts.append(f"{low}" if low == high else f"{low}..{high}")
+    more = f" and {len(pieces) - 3} more" if len(pieces) > 3 else ""
+    return ", ".join(texts) + more

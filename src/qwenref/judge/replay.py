@@ -1,0 +1,287 @@
+"""One layer's stages, computed in float64 from the arrays that an engine dumped itself."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from qwenref.chain import Span, spans_of
+from qwenref.judge.dialects import (
+    BLOCKS,
+    EXACT,
+    OPERAND_POINTS,
+    Dialect,
+    Formats,
+    flash_attention,
+    in_format,
+)
+from qwenref.judge.held import Held
+from qwenref.metrics import Errors, floors_of, sums_of
+from qwenref.model.attention import Attention
+from qwenref.model.config import Config
+from qwenref.model.precision import FORMATS, Precision
+from qwenref.model.roundoff import Roundoff, generator
+from qwenref.model.weights import AttentionWeights
+from qwenref.noise import LEAST_ROWS, MOST_TOKENS, sampled
+from qwenref.stages import BY_NAME, EMBEDDING, RESIDUAL, Stage
+
+ROWS = MOST_TOKENS
+"""Tokens computed at a time: as many as floors look at, which shares compiled programs."""
+
+WEIGHTED = ("attn_norm", "qkv_matmul", "qkv_bias", "attn_out")
+"""Stages that take weights."""
+
+Skip = frozenset[str]
+"""Stages whose dump is not read: they are computed from what they are computed from."""
+
+NOTHING: Skip = frozenset()
+
+
+class Runs(NamedTuple):
+    """A stage at some positions: its value, and what R honest float32 engines make of it."""
+
+    value: np.ndarray
+    draws: np.ndarray
+
+
+class Replay:
+    """Computes stages of one layer from what is held, and else from what those are computed from.
+
+    Attributes:
+        held: What the engine dumped, by the name of the stage; `RESIDUAL` for what enters.
+        spans: Tokens that are computed at a time.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        weights: AttentionWeights | None,
+        T: int,
+        entering: np.ndarray | None,
+    ):
+        """Prepare to compute, within `computing("float64", ...)`.
+
+        Args:
+            config: Sizes, eps and theta.
+            weights: The layer's; None if there are none: then `WEIGHTED` cannot be computed.
+            T: How many tokens there are.
+            entering: The stream that enters the layer, [T, D], if it is known.
+        """
+        self.config = config
+        self._weighted = weights is not None
+        none = AttentionWeights(*[np.zeros(0, np.float32)] * 8)
+        self._weights = jax.device_put(weights or none)  # once, for every rounding
+        self.sizes = config.sizes | {"T": T, "S": T}
+        self.held: dict[str, Held] = {}
+        self.spans = spans_of(0, T, ROWS)
+        self._entering = entering
+        self._layers: dict[Formats, Attention] = {}
+        self._known: dict[tuple[object, ...], np.ndarray] = {}
+        self._runs: dict[tuple[str, _Normal], Runs] = {}
+        self._positions = sampled(T)
+        n = len(self._positions)
+        self._draws = max(-(-LEAST_ROWS // n), min(2, MOST_TOKENS // n))
+        self._roundoff = Roundoff(self._layer(EXACT), self._positions, self._draws)
+
+    def without_dumps(self) -> "Replay":
+        """Return the same layer, computed from what enters it alone."""
+        other = object.__new__(Replay)
+        other.__dict__ |= self.__dict__ | {"held": {}, "_known": {}, "_runs": {}}
+        return other
+
+    def hold(self, name: str, held: Held) -> None:
+        """Take a dump of a stage, or another reading of it."""
+        self.held[name] = held
+        self._known.clear()
+        self._runs.clear()
+        self._known.clear()
+        self._runs.clear()
+
+    def can(self, name: str, skip: Skip = NOTHING) -> bool:
+        """Return whether a stage can be computed, from what is held but for `skip`."""
+        if name == RESIDUAL:
+            return self._entering is not None
+        if name in WEIGHTED and not self._weighted:
+            return False
+        return all(
+            self._complete(before, skip) or self.can(before, skip)
+            for before in BY_NAME[name].computed_from
+        )
+
+    def reads(self, name: str, skip: Skip = NOTHING) -> set[str]:
+        """Return the stages whose dumps are read when a stage is computed."""
+        found: set[str] = set()
+        for before in BY_NAME[name].computed_from if name != RESIDUAL else ():
+            if self._complete(before, skip):
+                found.add(before)
+            else:
+                found |= self.reads(before, skip)
+        return found
+
+    def bridges(self, name: str, skip: Skip = NOTHING) -> set[str]:
+        """Return the stages that are computed on the way to a stage, not read."""
+        found: set[str] = set()
+        for before in BY_NAME[name].computed_from if name != RESIDUAL else ():
+            if not self._complete(before, skip):
+                found |= {before} | self.bridges(before, skip)
+        return found
+
+    def compute(
+        self, name: str, span: Span, skip: Skip = NOTHING, dialect: Dialect = EXACT
+    ) -> np.ndarray:
+        """Return a stage for the tokens of a span, float64 in the axes of the stage.
+
+        A dialect is that of this stage and of those that are computed on the way to it.
+        """
+        if name == RESIDUAL:
+            rows = self._table_rows(slice(span.start, span.stop))
+            return in_format(rows, dict(dialect.formats).get("stored", "exact"))
+        skip = skip | dialect.skips
+        stage = BY_NAME[name]
+        if dialect.flash and name == "attention":
+            q = self._rows("q_post_rope", span, skip, dialect)
+            k, v = (self._keys(each, skip, dialect) for each in ("k_post_rope", "qkv_bias"))
+            return flash_attention(q, k, v, span.start)
+        first, *keyed = stage.computed_from
+        given = [self._rows(first, span, skip, dialect)]
+        given += [self._keys(each, skip, dialect) for each in keyed]
+        given = dialect.rounded_inputs(given)
+        position: tuple[object, ...] = ()
+        if stage.positioned:
+            rows = span.stop - span.start
+            position = (span.start,) if stage.sliced else (np.full(rows, span.start),)
+        return self._computed(stage, given, position, dialect)
+
+    def floor(
+        self, name: str, skip: Skip = NOTHING, *, dialect: Dialect = EXACT, held_in: str = "exact"
+    ) -> Errors:
+        """Return the errors that are normal for a stage that is computed from what is held.
+
+        Args:
+            name: Which stage.
+            skip: Whose dumps are not read.
+            dialect: How results are rounded.
+            held_in: The format that dumps were rounded to after the engine used their values.
+        """
+        normal = _Normal(skip | dialect.skips, dialect.result, held_in)
+        if name == RESIDUAL:
+            stage, runs = EMBEDDING, self._entered()
+        else:
+            stage = BY_NAME[name]
+            runs = self._computed_runs(stage, normal)
+        draws = [in_format(draw, dialect.result) for draw in runs.draws]
+        sums = [sums_of(stage, runs.value, draw - runs.value, self.sizes["H"]) for draw in draws]
+        largest = np.max([each.largest for each in sums], axis=0)
+        if name == "attn_softmax":  # its rms is smaller with more keys, its peaks are not
+            largest *= self._roundoff.unseen_keys[:, None] ** 0.5
+        error = np.mean([each.error for each in sums], axis=0)
+        return floors_of(stage, sums[0]._replace(error=error, largest=largest), self.sizes)
+
+    @property
+    def positions(self) -> list[int]:
+        """Of the tokens that floors are of."""
+        return self._positions.tolist()
+
+    def _complete(self, name: str, skip: Skip) -> bool:
+        return name in self.held and name not in skip and self.held[name].first == 0
+
+    def _rows(self, name: str, span: Span, skip: Skip, dialect: Dialect) -> np.ndarray:
+        held = self.held.get(name)
+        if held is not None and name not in skip and held.first <= span.start:
+            return held.rows(span.start, span.stop)
+        key = name, span, skip, dialect.on_the_way
+        if key in self._known:
+            return self._known[key]
+        values = self.compute(name, span, skip, dialect.on_the_way)
+        if len(self.spans) == 1:  # of a long prompt, little is held at a time
+            self._known[key] = values
+        return values
+
+    def _keys(self, name: str, skip: Skip, dialect: Dialect) -> np.ndarray:
+        """Return what queries look at: of qkv_bias v alone, [T, K*H]; of k_post_rope all."""
+        key = name, "keys", skip, dialect.on_the_way
+        if key not in self._known:
+            width = self.sizes["K"] * self.sizes["H"] if BY_NAME[name].blocks else 0
+            parts = [
+                self._rows(name, span, skip, dialect)[span.first - span.start :, ..., -width:]
+                for span in self.spans
+            ]
+            self._known[key] = np.concatenate(parts)
+        return self._known[key]
+
+    def _computed(
+        self, stage: Stage, given: Sequence[np.ndarray], position: tuple[object, ...], of: Dialect
+    ) -> np.ndarray:
+        operands = dict(of.formats).get(OPERAND_POINTS.get(stage.name, ""))
+        if operands in BLOCKS:
+            given = [in_format(x, operands) for x in given]
+        return np.asarray(getattr(self._layer(of), stage.name)(*given, *position))
+
+    def _layer(self, dialect: Dialect) -> Attention:
+        key = dialect.formats
+        if key not in self._layers:
+            formats = {point: of for point, of in dialect.formats if of in FORMATS}
+            precision = Precision("float64", {"stored": "exact", **formats})
+            self._layers[key] = Attention(self.config, self._weights, precision)
+        return self._layers[key]
+
+    def _run(self, name: str, normal: "_Normal") -> Runs:
+        if (name, normal) not in self._runs:
+            if self._complete(name, normal.skip):
+                runs = self._held_run(name, normal.held_in)
+            elif name == RESIDUAL:
+                runs = self._entered()
+            else:
+                value, draws = self._computed_runs(BY_NAME[name], normal)
+                runs = Runs(value, in_format(draws, normal.result))
+            self._runs[name, normal] = runs
+        return self._runs[name, normal]
+
+    def _entered(self) -> Runs:
+        value = self._table_rows(self._positions)
+        return Runs(value, np.stack([value] * self._draws))
+
+    def _table_rows(self, tokens: slice | np.ndarray) -> np.ndarray:
+        if self._entering is None:
+            raise ValueError("what enters the layer is not known: see `can`")
+        return self._entering[tokens].astype(np.float64)
+
+    def _held_run(self, name: str, held_in: str) -> Runs:
+        value = self.held[name].at(self._positions)
+        value = np.where(np.isfinite(value), value, 0.0)
+        if held_in == "exact":
+            return Runs(value, np.stack([value] * self._draws))
+        unknown = generator(name, held_in).uniform(-0.5, 0.5, (self._draws, *value.shape))
+        return Runs(value, value + unknown * spacing(value, held_in))
+
+    def _computed_runs(self, stage: Stage, normal: "_Normal") -> Runs:
+        runs = [self._run(before, normal) for before in stage.computed_from]
+        position: tuple[object, ...] = ()
+        if stage.positioned:
+            shifts = self._positions - np.arange(len(self._positions))
+            position = (0,) if stage.sliced else (shifts,)
+        value = self._computed(stage, [run.value for run in runs], position, EXACT)
+        added = self._roundoff.of(stage, [run.value for run in runs], value).float32
+        if all(np.array_equal(run.draws[0], run.value) for run in runs):
+            return Runs(value, value + added)
+        draws = [
+            self._computed(stage, [run.draws[r] for run in runs], position, EXACT)
+            for r in range(self._draws)
+        ]
+        return Runs(value, np.stack(draws) + added)
+
+
+class _Normal(NamedTuple):
+    """What honest engines are that floors are of: see `Replay.floor`."""
+
+    skip: Skip
+    result: str
+    held_in: str
+
+
+def spacing(values: np.ndarray, narrow: str) -> np.ndarray:
+    """Return the distance of neighbours in a format, at each value."""
+    _, exponents = np.frexp(values)
+    _, least = np.frexp(FORMATS[narrow].smallest or np.finfo(values.dtype).tiny)
+    return np.ldexp(1.0, np.maximum(exponents, least) - 1 - FORMATS[narrow].mantissa)

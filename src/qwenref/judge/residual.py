@@ -1,0 +1,154 @@
+"""How far a dumped stage is from what it was computed from: the error that it added itself."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from qwenref.chain import Span
+from qwenref.judge.dialects import EXACT, Dialect, in_format
+from qwenref.judge.floors import BLIND, for_last_token, seeing
+from qwenref.judge.held import Held
+from qwenref.judge.replay import NOTHING, Replay, Skip
+from qwenref.metrics import (
+    MARGIN,
+    Errors,
+    Sums,
+    Worst,
+    errors_of,
+    for_all_tokens,
+    sums_of,
+    worst_of,
+)
+from qwenref.stages import BY_NAME, EMBEDDING, RESIDUAL, Stage
+
+
+class Residual(NamedTuple):
+    """The difference of a dumped stage and one that was computed.
+
+    Attributes:
+        stage: Which.
+        first: Position of the first token compared.
+        errors: Of all slices.
+        sums: Behind them.
+        contradictions: How many values are NaN or infinite on one side alone, or differ in that.
+    """
+
+    stage: Stage
+    first: int
+    errors: Errors
+    sums: Sums
+    contradictions: int
+
+
+class Weighed(NamedTuple):
+    """A residual held to what is normal.
+
+    Attributes:
+        residual: What was found.
+        floors: What is normal.
+        worst: The slice that is the most floors off; None if no slice can be judged.
+    """
+
+    residual: Residual
+    floors: Errors
+    worst: Worst | None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the residual is normal."""
+        if self.residual.contradictions:
+            return False
+        return self.worst is None or self.worst.ratio <= MARGIN
+
+    @property
+    def blind(self) -> bool:
+        """Whether so much error is normal that nothing can be said."""
+        whole = self.floors.whole
+        hides = whole is None or whole * MARGIN >= BLIND
+        return self.agrees and hides and self.residual.errors.whole != 0
+
+
+def row_of(name: str) -> Stage:
+    """Return the stage table's row; the stream that enters a layer is laid out as an embedding."""
+    return EMBEDDING if name == RESIDUAL else BY_NAME[name]
+
+
+def compared(
+    replay: Replay,
+    name: str,
+    held: Held,
+    skip: Skip = NOTHING,
+    dialect: Dialect = EXACT,
+    spans: Sequence[Span] = (),
+) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (first position, computed, dumped), piece by piece; of all spans, or of some."""
+    stage = row_of(name)
+    axis = stage.axes.index("T")
+    for span in spans or replay.spans:
+        first = max(span.first, held.first)
+        if first < span.stop:
+            new = *([slice(None)] * axis), slice(first - span.start, None)
+            truth = in_format(replay.compute(name, span, skip, dialect)[new], dialect.result)
+            yield first, truth, held.rows(first, span.stop)
+
+
+def residual_of(
+    replay: Replay, name: str, skip: Skip = NOTHING, dialect: Dialect = EXACT
+) -> Residual:
+    """Compare what is held of a stage with what it is computed from."""
+    stage, held = row_of(name), replay.held[name]
+    parts, contradictions = [], 0
+    with np.errstate(invalid="ignore", over="ignore"):
+        for first, truth, dumped in compared(replay, name, held, skip, dialect):
+            bad = ~(np.isfinite(truth) & np.isfinite(dumped))
+            clash = bad & ~((truth == dumped) | (np.isnan(truth) & ~np.isfinite(dumped)))
+            if stage.masked:
+                clash = np.tril(clash, first)
+            contradictions += int(np.count_nonzero(clash))
+            difference = np.where(bad, 0.0, dumped - truth)
+            truth = np.where(bad, 0.0, truth)
+            parts.append(sums_of(stage, truth, difference, replay.sizes["H"], first))
+    sums = Sums(*(np.concatenate(of, axis=-2) for of in zip(*parts, strict=True)))
+    errors = errors_of(stage, sums, replay.sizes)
+    return Residual(stage, held.first, errors, sums, contradictions)
+
+
+def weighed(
+    replay: Replay,
+    name: str,
+    skip: Skip = NOTHING,
+    dialect: Dialect = EXACT,
+    *,
+    like: Dialect | None = None,
+    held_in: str = "exact",
+) -> Weighed:
+    """Hold a stage to what is normal.
+
+    Args:
+        replay: What it is computed with.
+        name: The stage.
+        skip: Whose dumps are not read.
+        dialect: How it is computed.
+        like: How results are rounded in what is normal, if not as in `dialect`.
+        held_in: The format that dumps were rounded to after the engine used their values.
+    """
+    residual = residual_of(replay, name, skip, dialect)
+    floors = normal(replay, name, skip, like or dialect, held_in)
+    return Weighed(residual, floors, worst_of(residual.errors, _judged(residual, floors)))
+
+
+def normal(replay: Replay, name: str, skip: Skip, dialect: Dialect, held_in: str) -> Errors:
+    """Return what is normal of the tokens that are held."""
+    floors = replay.floor(name, skip, dialect=dialect, held_in=held_in)
+    floors = for_all_tokens(floors, replay.positions, replay.sizes["T"])
+    return for_last_token(floors) if replay.held[name].first else floors
+
+
+def _judged(residual: Residual, floors: Errors) -> Errors:
+    """Return the floors that are held against a residual: those that see, or are exceeded."""
+    kept, whole = seeing(floors), residual.errors.whole
+    if floors.whole is not None and (whole is None or whole > MARGIN * floors.whole):
+        return msgspec.structs.replace(kept, whole=floors.whole)
+    return kept

@@ -1,0 +1,177 @@
+"""Errors that rounded weights make: innocent, and told from faults by what they look like.
+
+Rounded weights add x . dW to a product, where dW is small, of no pattern, and the same for all
+tokens. So the errors of two tokens are as alike as their inputs are (of equal inputs they are
+equal); no token, head or channel is free of them, and none has far more than others; and their size
+is that of the token's input and of the weights, not of the value that they sit on.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from qwenref.judge.replay import Replay, Skip
+from qwenref.judge.residual import compared
+from qwenref.stages import RESIDUAL
+
+MOST = 0.35
+"""Relative L2 that 2-bit weights make: 0.27 with Q2_K's blocks of 16, 0.35 with ternary ones."""
+
+UNEVEN = 3.0
+"""How many times more, or less, error than the average a token or head may have."""
+
+STANDS_OUT = 8.0
+"""How many times the rms error of all a single value may be off. Sums of many roundings are normal:
+of 10 million, the largest is 5.3; inputs with a few large values make 6.2 (apr's Q4_K attn_out).
+"""
+
+FOLLOWS = 0.3
+"""Correlation of |error| with |value|: .02 to .07 in apr's Q4_K dumps, .62 if noise is in
+proportion to values.
+"""
+
+PARALLEL = 0.5
+"""Correlation of error with value: rounding is not biased; a factor makes it 1."""
+
+TELLING = 0.25
+"""Standard deviation of `_alike` up to which it is evidence."""
+
+HALF = 0.5
+"""Errors of rounded weights make `_alike` 1 on average, others 0."""
+
+ROUNDED = ("qkv_matmul", "attn_out")
+"""Stages that are products with weights."""
+
+
+class Noise(NamedTuple):
+    """Whether errors look like those of rounded weights, and of how many bits, by tensor."""
+
+    bits: dict[str, float]
+
+
+def weight_noise(replay: Replay, name: str, skip: Skip) -> Noise | None:
+    """Return what widths of weights explain the error of a stage; None if none do.
+
+    Args:
+        replay: With what the engine dumped.
+        name: The stage.
+        skip: Whose dumps are not read.
+    """
+    on_the_way = {name} | replay.bridges(name, skip)
+    embedded = RESIDUAL in on_the_way
+    products = [stage for stage in ROUNDED if stage in on_the_way]
+    if not embedded and not products:
+        return None
+    pieces = [*compared(replay, name, replay.held[name], skip)]
+    axis = 0 if pieces[0][1].ndim < 3 or name.endswith("rope") else 1
+    truth = np.concatenate([of for _, of, _ in pieces], axis=axis)
+    error = np.concatenate([dumped for _, _, dumped in pieces], axis=axis) - truth
+    if axis or not np.isfinite(error).all():
+        return None  # behind the softmax errors are not linear any more
+    truth, error = (of.reshape(len(of), -1) for of in (truth, error))
+    inputs = _inputs(replay, name, skip) if products == [name] else None
+    bits = {}
+    for tensor, columns in _tensors(replay, name, embedded=embedded, products=products).items():
+        of = truth[:, columns], error[:, columns]
+        if not np.any(of[1]):
+            continue
+        if not _unstructured(*of, inputs, replay.sizes):
+            return None
+        bits[tensor] = _bits(*of)
+    return Noise(bits)
+
+
+def _inputs(replay: Replay, name: str, skip: Skip) -> np.ndarray | None:
+    """Return the operand [T, I] of a product with weights."""
+    held = replay.held[name]
+    before = {"qkv_matmul": "attn_norm", "attn_out": "attention"}[name]
+    source = replay.held.get(before)
+    if source is None or before in skip or source.first > held.first:
+        return None
+    return source.rows(held.first, replay.sizes["T"])
+
+
+def _tensors(replay: Replay, name: str, *, embedded: bool, products: list[str]) -> dict[str, slice]:
+    """Return which columns are made by which tensor."""
+    N, K, H = (replay.sizes[letter] for letter in "NKH")
+    if name in ("qkv_matmul", "qkv_bias") and "qkv_matmul" in products:
+        return {
+            "q": slice(0, N * H),
+            "k": slice(N * H, (N + K) * H),
+            "v": slice((N + K) * H, None),
+        }
+    if name in ("q_post_rope", "k_post_rope") and "qkv_matmul" in products:
+        return {name[0]: slice(None)}
+    return {"o" if name == "attn_out" else "embedding": slice(None)}
+
+
+def _unstructured(
+    truth: np.ndarray, error: np.ndarray, inputs: np.ndarray | None, sizes: dict[str, int]
+) -> bool:
+    """Return whether errors [T, C] are of no pattern, and of a size that rounded weights make."""
+    size = _rms(error)
+    if size > MOST * _rms(truth):
+        return False
+    scales = np.ones(len(error))
+    if inputs is not None:
+        scales = _rms(inputs, axis=1)
+    error, truth = (of / np.where(scales, scales, 1.0)[:, None] for of in (error, truth))
+    size = _rms(error)
+    tokens = _rms(error, axis=1)
+    heads = _rms(_by_head(error, sizes["H"]), axis=(0, 2))
+    uneven = [*tokens, *heads]
+    if max(uneven) > UNEVEN * size or min(uneven) * UNEVEN < size:
+        return False
+    if np.abs(error).max() > STANDS_OUT * size:
+        return False
+    if _correlation(np.abs(error), np.abs(truth)) > FOLLOWS:
+        return False
+    if abs(np.vdot(error, truth)) > PARALLEL * np.linalg.norm(error) * np.linalg.norm(truth):
+        return False
+    if inputs is None:
+        return True
+    alike, deviation = _alike(error, inputs)
+    return deviation > TELLING or alike > HALF
+
+
+def _alike(error: np.ndarray, inputs: np.ndarray) -> tuple[float, float]:
+    """Return how much errors of two tokens are alike where their inputs are, and how sure that is.
+
+    It is the slope of the cosines of errors against those of inputs, over all pairs of tokens: 1 if
+    dW is random, 0 if errors of tokens have nothing in common; and its standard deviation.
+    """
+    a, b = (_cosines(of)[np.triu_indices(len(of), 1)] for of in (error, inputs))
+    total = float(np.vdot(b, b))
+    if not total:
+        return 0.0, np.inf
+    return float(np.vdot(a, b)) / total, float(np.sqrt(1 / (error.shape[1] * total)))
+
+
+def _cosines(rows: np.ndarray) -> np.ndarray:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    unit = rows / np.where(norms, norms, 1.0)
+    return unit @ unit.T
+
+
+def _by_head(values: np.ndarray, H: int) -> np.ndarray:
+    """Return [T, J, H], or [T, 1, C] if the columns are not made of heads."""
+    width = H if values.shape[1] % H == 0 else values.shape[1]
+    return values.reshape(len(values), -1, width)
+
+
+def _bits(truth: np.ndarray, error: np.ndarray) -> float:
+    """Return how many bits make such an error: blocks of 32, rounded to 2**(bits-1) - 1 steps.
+
+    Of 32 normal numbers the largest is 2.07, and a uniform error has an rms of 1/sqrt(12).
+    """
+    return float(1 + np.log2(1 + 2.07 / 12**0.5 / (_rms(error) / _rms(truth))))
+
+
+def _rms(values: np.ndarray, axis: int | tuple[int, ...] | None = None) -> np.ndarray:
+    return np.sqrt(np.mean(np.square(values), axis=axis))
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float:
+    a, b = a - a.mean(), b - b.mean()
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    return float(np.vdot(a, b) / norms) if norms else 0.0

@@ -1,0 +1,208 @@
+"""What was found of one engine's dumps, in words."""
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+
+from qwenref.errors import printable
+from qwenref.judge.explanation import Explanation, StageExplained, Verdict
+from qwenref.judge.recovery import in_words
+
+ORIGIN = ("added", "dumped_wrong")
+CARRIED = ("agree", "inherited")
+PARTS = {
+    "norm": ("attn_norm",),
+    "projections": ("qkv_matmul", "qkv_bias", "attn_out"),
+    "RoPE": ("q_post_rope", "k_post_rope"),
+    "attention": ("attn_scores", "attn_softmax", "attention"),
+}
+"""What the stages are called together."""
+
+
+CONVICTED = {
+    None: "Neither of the two is wrong here.",
+    "dump": "The reference is right; the dump is wrong.",
+    "reference": "It is the reference that is wrong.",
+    "both": "Both are wrong.",
+}
+
+
+def verdict_of(answer: Explanation) -> tuple[Verdict, str]:
+    """Return the verdict, and why, in one sentence."""
+    if answer.origins:
+        return "fault", " ".join(_blame(answer))
+    bridged = {name for of in answer.stages if of.status in CARRIED for name in of.bridged}
+    open_ = [
+        of.stage
+        for of in answer.stages
+        if of.stage != "embedding"
+        and (of.status == "blind" or (of.status == "unmeasured" and of.stage not in bridged))
+    ]
+    if open_:
+        return "incomplete", f"no stage is wrong, but {_listed(open_)} could not be judged"
+    noise = ", but for rounded weights" if answer.weight_noise else ""
+    over = [of.stage for of in answer.stages if of.status == "unmeasured"]
+    across = f"; {_listed(over)} not dumped, and bridged" if over else ""
+    return "agree", f"every stage follows from what it was computed from{noise}{across}"
+
+
+def summary_of(answer: Explanation) -> list[str]:
+    """Return the last lines of the report."""
+    lines = [f"layer {answer.layer}: {answer.reason}"]
+    if answer.tokens_recovered is not None:
+        words = in_words(answer.tokens_recovered, answer.tokens or [])
+        lines.append(words[0].upper() + words[1:] + ".")
+    computes = "; ".join(_computes(answer.stages))
+    if computes:
+        lines.append(f"Your engine computes: {computes}.")
+    if answer.weight_noise is not None:
+        lines.append(f"Its weights seem to be rounded: {_bits(answer)}.")
+    return lines
+
+
+def _blame(answer: Explanation) -> Iterator[str]:
+    added = [of for of in answer.stages if of.status == "added"]
+    wrong = [of for of in answer.stages if of.status == "dumped_wrong"]
+    for size, group in groupby(added, key=_size):
+        of = [*group]
+        names = _listed([_span(each) for each in of])
+        yield f"{names} add{'s' * (len(of) == 1)} the error ({size})."
+    if wrong:
+        files = _listed([of.stage for of in wrong])
+        one = len(wrong) == 1
+        yield (
+            f"The file{'s' * (not one)} of {files} {'is' if one else 'are'} wrong, but what was "
+            "computed from it is right: the engine did not use these values (stale file, wrong "
+            "hook, captured too early or too late?)."
+        )
+    first = next(of.stage for of in answer.stages if of.stage in answer.origins)
+    names = [of.stage for of in answer.stages]
+    before = [of for of in answer.stages[: names.index(first)] if of.status != "unmeasured"]
+    inherited = [of.stage for of in answer.stages if of.status == "inherited"]
+    rest = []
+    if before and all(of.status == "agree" for of in before):
+        rest.append("everything before agrees")
+    if inherited:
+        rest.append(f"{_range(inherited, names)} only inherit{'s' * (len(inherited) == 1)} it")
+    if rest:
+        text = "; ".join(rest)
+        yield f"{text[0].upper()}{text[1:]}."
+
+
+def _span(of: StageExplained) -> str:
+    """Return a stage, with what it was computed from if others lie between."""
+    if not of.bridged or not of.computed_from:
+        return of.stage
+    return f"{of.stage} (somewhere between {_listed(of.computed_from)} and it)"
+
+
+def _size(of: StageExplained) -> str:
+    if of.reason is not None:
+        return of.reason
+    added = "not finite" if of.added is None else f"{of.added:.2g}"
+    floor = "unknown" if of.floor is None else f"{of.floor:.1e}"
+    return f"{added}; floor {floor}" + (f"; {of.pattern}" if of.pattern else "")
+
+
+def _computes(stages: Sequence[StageExplained]) -> Iterator[str]:
+    """Yield for each part of the layer in which precision it is computed."""
+    said: dict[str, list[str]] = {}
+    for part, names in PARTS.items():
+        texts = dict.fromkeys(
+            _precision(of) for of in stages if of.stage in names and of.status in CARRIED
+        )
+        texts.pop("float32", None) if len(texts) > 1 else None
+        if texts:
+            said.setdefault(", ".join(texts), []).append(part)
+    for text, parts in said.items():
+        cache = "attention" in parts and len(parts) == 1 and text == "operands rounded to float16"
+        yield f"{_listed(parts)}: {text}{' (f16 KV cache?)' if cache else ''}"
+
+
+def _precision(of: StageExplained) -> str:
+    return of.dialects[0].text if of.dialects else "float32"
+
+
+def _bits(answer: Explanation) -> str:
+    noise = answer.weight_noise
+    widths = {name: getattr(noise, name) for name in ("embedding", "q", "k", "v", "o")}
+    return ", ".join(f"{name} to about {of:.0f} bits" for name, of in widths.items() if of)
+
+
+def _listed(names: Sequence[str]) -> str:
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def _range(names: Sequence[str], chain: Sequence[str]) -> str:
+    """Return stages as ``a .. b`` if they follow each other."""
+    if len(names) > 2 and [*names] == [*chain][chain.index(names[0]) :][: len(names)]:
+        return f"{names[0]} .. {names[-1]}"
+    return _listed(names)
+
+
+def report(answer: Explanation) -> str:
+    """Return the whole report; its last lines are the summary."""
+    title = f"{answer.path}, layer {answer.layer}, against {answer.model or 'no model'}"
+    lines = [title, *_of_tokens(answer), ""]
+    columns = ("stage", "status", "added", "floor", "ratio", "total", "layout")
+    rows = [_row(of) for of in answer.stages]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for of, row in zip((None, *answer.stages), (columns, *rows), strict=True):
+        lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
+        if of is not None:
+            lines += [f"    {note}" for note in _notes(of)]
+    failing = [check for check in answer.checks if check.status == "fails"]
+    lines += [f"check fails: {check.name} (off by {_number(check.value)})" for check in failing]
+    lines += ["", *last_lines(answer)]
+    if answer.reference is not None:
+        lines += ["", *report(answer.reference).splitlines(), "", CONVICTED[answer.convicted]]
+    return "\n".join(printable(line) for line in lines)
+
+
+def last_lines(answer: Explanation) -> list[str]:
+    """Return the verdict, and what it means, in words."""
+    first, *others = answer.summary
+    return [f"{answer.verdict.upper()}: {first}", *others]
+
+
+def _of_tokens(answer: Explanation) -> Iterator[str]:
+    if answer.tokens is None:
+        return
+    shown = ", ".join(map(str, answer.tokens[:12]))
+    more = f" and {len(answer.tokens) - 12} more" if len(answer.tokens) > 12 else ""
+    origin = {
+        "default": "of `What is 2+2?`, which is assumed: give --prompt or --tokens if not",
+        "manifest": "as its manifest says",
+        "given": "as given",
+    }[answer.tokens_from or "given"]
+    yield f"{len(answer.tokens)} tokens {shown}{more}, {origin}"
+
+
+def _row(of: StageExplained) -> tuple[str, ...]:
+    if of.status == "unmeasured" and of.layout is None:
+        return of.stage, of.status, "-", "-", "-", "-", ""
+    ratio = "-" if of.ratio is None else f"{of.ratio:.2g}" if of.ratio < 1e4 else f"{of.ratio:.0e}"
+    return (
+        of.stage,
+        of.status,
+        _number(of.added),
+        _number(of.floor),
+        ratio,
+        _number(of.total),
+        of.layout or "",
+    )
+
+
+def _notes(of: StageExplained) -> Iterator[str]:
+    if of.reason is not None:
+        yield of.reason
+    if of.pattern is not None:
+        yield f"off: {of.pattern}"
+    if of.bridged and of.computed_from:
+        yield f"computed from {_listed(of.computed_from)}: {_listed(of.bridged)} cannot be read"
+    for at, dialect in enumerate(of.dialects):
+        yield f"{'or ' * (at > 0)}{dialect.text}: leaves {_number(dialect.error_after)}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}" if value else "0"
