@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from qwenref.dumps.manifest import Manifest
+from qwenref.judge.explanation import Explanation
 from qwenref.judge.measurement import Measurement
 from qwenref.judge.result import Result, StageDiff
 
@@ -18,6 +19,7 @@ TYPES = {
     "diff-v1": Result,
     "stage-diff-v1": StageDiff,
     "measurement-v1": Measurement,
+    "explain-v1": Explanation,
 }
 CONTRACTS = Path(__file__).resolve().parents[1] / "contracts"
 

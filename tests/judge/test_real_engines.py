@@ -4,14 +4,13 @@ qwenref, transformers (live, in three dtypes and two layouts), apr and llama.cpp
 tests/test_against_apr.py) on the bundled checkpoint, for the prompt "What is 2+2?".
 """
 
-from argparse import Namespace
 from collections.abc import Sequence
 from itertools import combinations, pairwise, permutations
 from pathlib import Path
 
-import capture_hf
 import pytest
-from helpers import ROOT, TINY
+from engines import DATA, FAULTY, Dumps, captured_from_hf
+from helpers import TINY
 from make_tiny_checkpoint import Shape, write
 
 import qwenref
@@ -19,10 +18,8 @@ from qwenref.capture import capture
 from qwenref.judge.floors import PRECISIONS
 from qwenref.judge.report import report
 from qwenref.judge.result import Result, StageResult
-from qwenref.model.tokens import DEFAULT_PROMPT
 from qwenref.stages import ATTENTION
 
-DATA = ROOT / "tests" / "data"
 CHAIN = [stage.name for stage in ATTENTION]
 
 COARSE_FROM = {
@@ -50,30 +47,7 @@ ONE_LAYOUT = [
     if name not in ("hf-float32-apr", "hf-float16-hf", "hf-bfloat16-apr")  # save a minute
 ]
 FLASH_LACKS = ("attn_scores", "attn_softmax")
-FAULTY = ("apr-rope-interleaved", "llama-theta-1e4")
 WITH_MANIFEST = ("ours", "hf-")
-
-Dumps = dict[str, Path]
-
-
-@pytest.fixture(scope="module")
-def dumps(tmp_path_factory: pytest.TempPathFactory) -> Dumps:
-    folder = tmp_path_factory.mktemp("engines")
-    capture(TINY, folder / "ours")
-    for dtype in PRECISIONS:
-        for layout in ("apr", "hf"):
-            captured_from_hf(folder / f"hf-{dtype}-{layout}", dtype=dtype, layout=layout)
-    names = (*COARSE_FROM, *FAULTY)
-    return {name: next(p for p in (folder / name, DATA / name) if p.exists()) for name in names}
-
-
-def captured_from_hf(
-    output: Path, *, dtype: str = "float32", layout: str = "apr", layers: str = "0"
-) -> Path:
-    options = {"model": TINY, "prompt": DEFAULT_PROMPT, "tokens": None, "force": False}
-    more = {"dtype": dtype, "layout": layout, "layers": layers, "output": output}
-    capture_hf.capture(Namespace(**options, **more))
-    return output
 
 
 def compared(dumps: Dumps, names: Sequence[str], *, allow_missing: bool = False) -> Result:

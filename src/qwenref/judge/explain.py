@@ -33,6 +33,10 @@ ENTERING = "post_ffn_residual"
 """What apr calls the stream that leaves a layer, and enters the next one."""
 
 
+LEAVING = "post_attn_residual"
+"""What apr calls the stream once attn_out is added."""
+
+
 class _Case(NamedTuple):
     """A dump, and what it is to be compared with.
 
@@ -92,7 +96,7 @@ def explain(
         _case(read_dump(each, translate), layer, checkpoint, prompt, given)
         for each in (source, *(() if reference is None else (reference,)))
     ]
-    with computing("float64", device):
+    with computing("float64", device), np.errstate(over="ignore", invalid="ignore"):
         weights = None
         if checkpoint is not None:
             check_tensors(checkpoint, layer, embedding=layer == 0)
@@ -181,7 +185,9 @@ def _explained(
     if case.layer == 0 and case.checkpoint is not None and tokens is not None:
         entering, _ = read_embedding(case.checkpoint, tokens)
     replay = Replay(case.config, weights, T, entering)
-    trial = Trial(replay, _ways(own, case.layer, replay.sizes), exact_weights=exact_weights)
+    ways = _ways(own, case.layer, replay.sizes)
+    leaving = _leaving(case.dump, case.layer, replay.sizes)
+    trial = Trial(replay, ways, leaving, exact_weights=exact_weights)
     misfits = _misfits(own, case.layer, replay)
     found = checks(replay.held, replay.sizes)
     answer = msgspec.structs.replace(
@@ -248,6 +254,14 @@ def _ways(own: Dump, layer: int, sizes: Mapping[str, int]) -> dict[str, list[Hel
             if ways:
                 found[name] = ways
     return found
+
+
+def _leaving(dump: Dump, layer: int, sizes: Mapping[str, int]) -> Held | None:
+    """Return the stream that attn_out was added to, if that was dumped."""
+    keys = [key for key in ((layer, LEAVING), (None, LEAVING)) if key in dump.stages]
+    side = side_of(dump, keys[0]) if keys else None
+    ways = [] if side is None else readings(EMBEDDING, side, sizes)
+    return ways[0] if ways else None
 
 
 def _misfits(own: Dump, layer: int, replay: Replay) -> dict[str, str]:

@@ -86,9 +86,7 @@ def _stage(
     total: Error,
 ) -> StageExplained:
     name, replay = standing.name, trial.replay
-    way = replay.held[name].way.name
-    if replay.held[name].factor != 1:
-        way += ", before 1/sqrt(H)"
+    way = replay.held[name].layout
     if standing.account is None:
         return StageExplained(label(name), status, reason, dtype, total, layout=way)
     best = standing.account.weighed

@@ -19,7 +19,9 @@ class Held:
         mapped: Where its values are: one array, or one for each block.
         way: In which order.
         first: Position of the first token that it has.
-        factor: What to multiply scores with that are not scaled as ours are.
+        factor: What to multiply with, where 1/sqrt(H) was applied later or earlier than by us.
+        masks: Whether cells that no query sees count as 0. An engine that forgets the mask has
+            probabilities there, and uses them.
     """
 
     stage: Stage
@@ -27,6 +29,7 @@ class Held:
     way: Arrangement
     first: int = 0
     factor: float = 1.0
+    masks: bool = True
 
     def rows(self, start: int, stop: int) -> np.ndarray:
         """Return the tokens (or queries) from `start` to `stop`, float64; masked cells are 0."""
@@ -37,26 +40,30 @@ class Held:
         taken = self._taken(positions - self.first, None)
         if not self.stage.masked:
             return taken
-        hidden = positions > positions[:, None]
         taken = taken[:, :, positions]
-        taken[:, hidden] = 0
+        taken[:, positions > positions[:, None]] = 0
         return taken
 
-    def all_masked(self) -> np.ndarray:
-        """Return what the cells hold that no softmax reads, of a masked stage."""
+    @property
+    def layout(self) -> str:
+        """What to call the way in which it is stored."""
+        if self.factor == 1:
+            return self.way.name
+        return f"{self.way.name}, {'before' if self.factor < 1 else 'after'} 1/sqrt(H)"
+
+    def masked_cells_are_used(self) -> bool:
+        """Return whether there is something in cells that no query sees."""
         (view,) = self.way.views([each.values for each in self.mapped])
-        queries = self.first + np.arange(len(view))
-        hidden = np.arange(view.shape[2]) > queries[:, None]
-        return view.swapaxes(1, 2)[hidden]
+        return any(view[token, :, self.first + token + 1 :].any() for token in range(len(view)))
 
     def _taken(self, tokens: slice | np.ndarray, first: int | None) -> np.ndarray:
         views = self.way.views([each.values for each in self.mapped])
         parts = [view[tokens].astype(np.float64) for view in views]
         for each in self.mapped:
             each.release()
-        values = np.concatenate(parts, axis=1)  # [t, J, W]
+        values = np.concatenate(parts, axis=1) * self.factor  # [t, J, W]
         if not self.stage.masked:
             sizes = values.shape if len(self.stage.axes) == 3 else (len(values), -1)
             return values.reshape(sizes)
-        values = values.swapaxes(0, 1) * self.factor
-        return values if first is None else np.tril(values, first)
+        values = values.swapaxes(0, 1)
+        return np.tril(values, first) if self.masks and first is not None else values

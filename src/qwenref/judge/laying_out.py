@@ -6,6 +6,7 @@ from it decide, and what its sibling (k for q) is laid out as.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -14,11 +15,16 @@ from qwenref.judge.floors import BLIND
 from qwenref.judge.held import Held
 from qwenref.judge.replay import Replay
 from qwenref.judge.residual import compared, row_of
-from qwenref.stages import ATTENTION, Stage
+from qwenref.stages import Stage
 
 CLEARLY = 0.5
 """Of two orders, the one with at most this part of the other's error is meant. Wrong orders of
 honest dumps are off by 0.5 to 1.4 and right ones by 0.2 at most, in Q2_K (docs/explain.md).
+"""
+
+SCALED = {"attn_scores": (0.0, -0.5), "q_post_rope": (0.0, 0.5)}
+"""Powers of H by which stages may have to be multiplied: some engines apply 1/sqrt(H) to queries,
+llama.cpp does in its softmax.
 """
 
 SIBLINGS = {"q_post_rope": "k_post_rope", "k_post_rope": "q_post_rope"}
@@ -32,8 +38,12 @@ def readings(stage: Stage, side: Side, sizes: Mapping[str, int]) -> list[Held]:
         first = T - len(way.views([each.values for each in mapped])[0])
         if T == 1 and way.cuts_off_keys([each.values for each in mapped]):
             continue  # they may be real ones, of a longer context
-        factors = (1.0, sizes["H"] ** -0.5) if stage.name == "attn_scores" else (1.0,)
-        found += [Held(stage, mapped, way, first, factor) for factor in factors]
+        found += [
+            Held(stage, mapped, way, first, sizes["H"] ** power)
+            for power in SCALED.get(stage.name, (0.0,))
+        ]
+    if stage.name == "attn_softmax":
+        found += [replace(held, masks=False) for held in found if held.masked_cells_are_used()]
     return found
 
 
@@ -47,23 +57,20 @@ def lay_out(replay: Replay, name: str, ways: Sequence[Held]) -> None:
     replay.hold(name, ways[errors.index(least)] if least < CLEARLY * errors[0] else ways[0])
 
 
-def lay_out_by_consumers(replay: Replay, name: str, ways: Sequence[Held]) -> None:
+def lay_out_by_consumers(
+    replay: Replay, name: str, ways: Sequence[Held], consumers: Sequence[str]
+) -> None:
     """Choose again for a stage that is wrong in any order: by what was computed from it."""
     if len(ways) == 1:
         return
     before = replay.held[name]
-    consumers = [
-        after.name
-        for after in ATTENTION
-        if name in after.computed_from and after.name in replay.held
-    ]
     errors = []
     for way in ways:
         replay.hold(name, way)
         errors.append([_error(replay, after, replay.held[after]) for after in consumers])
-    best = min(ways, key=lambda way: max(errors[ways.index(way)], default=math.inf))
-    if consumers and max(errors[ways.index(best)]) < BLIND:
-        replay.hold(name, best)
+    best = min(errors, key=lambda of: max(of, default=math.inf))
+    if consumers and max(best) < BLIND:
+        replay.hold(name, ways[errors.index(best)])
         return
     sibling = replay.held.get(SIBLINGS.get(name, ""))
     alike = [way for way in ways if sibling is not None and way.way.letters == sibling.way.letters]

@@ -178,6 +178,13 @@ class Replay:
         error = np.mean([each.error for each in sums], axis=0)
         return floors_of(stage, sums[0]._replace(error=error, largest=largest), self.sizes)
 
+    def entering(self, start: int, stop: int) -> np.ndarray:
+        """Return what enters the layer, as dumped, else as the oracle has it."""
+        held = self.held.get(RESIDUAL)
+        if held is not None and held.first <= start:
+            return held.rows(start, stop)
+        return self._table_rows(slice(start, stop))
+
     @property
     def positions(self) -> list[int]:
         """Of the tokens that floors are of."""
@@ -281,7 +288,8 @@ class _Normal(NamedTuple):
 
 
 def spacing(values: np.ndarray, narrow: str) -> np.ndarray:
-    """Return the distance of neighbours in a format, at each value."""
+    """Return the distance of neighbours in a format, at each value; 0 at 0."""
     _, exponents = np.frexp(values)
     _, least = np.frexp(FORMATS[narrow].smallest or np.finfo(values.dtype).tiny)
-    return np.ldexp(1.0, np.maximum(exponents, least) - 1 - FORMATS[narrow].mantissa)
+    steps = np.ldexp(1.0, np.maximum(exponents, least) - 1 - FORMATS[narrow].mantissa)
+    return np.where(values == 0, 0.0, steps)

@@ -7,11 +7,14 @@ computed from it is right if that file is passed over.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from qwenref.judge.explanation import Status
 from qwenref.judge.held import Held
-from qwenref.judge.laying_out import lay_out, lay_out_by_consumers
+from qwenref.judge.laying_out import CLEARLY, lay_out, lay_out_by_consumers
 from qwenref.judge.precision_of import Account, account_of
 from qwenref.judge.replay import NOTHING, Replay, Skip
+from qwenref.judge.residual import compared
 from qwenref.judge.weight_noise import weight_noise
 from qwenref.stages import ATTENTION, RESIDUAL
 
@@ -48,14 +51,23 @@ class Trial:
         standings: By stage, in chain order.
     """
 
-    def __init__(self, replay: Replay, ways: Mapping[str, Sequence[Held]], *, exact_weights: bool):
+    def __init__(
+        self,
+        replay: Replay,
+        ways: Mapping[str, Sequence[Held]],
+        leaving: Held | None = None,
+        *,
+        exact_weights: bool,
+    ):
         """Judge.
 
         Args:
             replay: It holds nothing yet.
             ways: How each dumped stage may be read.
+            leaving: The stream after attn_out was added to it, if that was dumped.
             exact_weights: Whether rounded weights are a fault.
         """
+        self._leaving = leaving
         self.replay = replay
         self.standings = {name: Standing(name) for name in CHAIN}
         self._exact_weights = exact_weights
@@ -64,9 +76,9 @@ class Trial:
             if name in ways:
                 lay_out(replay, name, ways[name])
         for name in CHAIN:
-            if name in ways and replay.can(name) and not self._right(name, NOTHING):
+            if name in ways and replay.can(name) and self._may_be_misread(name):
                 held = replay.held[name]
-                lay_out_by_consumers(replay, name, ways[name])
+                lay_out_by_consumers(replay, name, ways[name], self.consumers(name))
                 if replay.held[name] is not held:
                     self._known.clear()
         distrusted = NOTHING
@@ -86,11 +98,24 @@ class Trial:
             and name in self.replay.reads(after, skip)
         ]
 
+    def _may_be_misread(self, name: str) -> bool:
+        """Return whether a stage fits in no way, or its scale is a convention, or a fault."""
+        if self.replay.held[name].factor != 1:
+            return not any(self._right(after, NOTHING) for after in self.consumers(name))
+        return not self._right(name, NOTHING)
+
     def _stand(self, name: str, skip: Skip) -> Standing:
         if not self.replay.can(name, skip):
             return Standing(name, reason="what it is computed from is not known")
         account, bits = self._account(name, skip)
         standing = Standing(name, "agree", None, account, skip, bits or {})
+        if self.replay.held[name].factor != 1 and not self.consumers(name, skip):
+            standing.status = "blind"
+            standing.reason = (
+                f"{self.replay.held[name].layout}: without what is computed from it, it cannot be "
+                "told whether that is a convention"
+            )
+            return standing
         if bits is not None and not (bits and self._exact_weights):
             if account.weighed.blind:
                 standing.status = "blind"
@@ -103,7 +128,7 @@ class Trial:
     def _dumped_wrong(self, name: str, skip: Skip) -> bool:
         """Return whether a wrong file was not what the engine went on with."""
         passed_over = skip | {name}
-        cleared = False
+        cleared = name == "attn_out" and self._was_not_added(skip)
         for after in self.consumers(name, skip):
             from_dump = self._right(after, skip)
             if not self.replay.can(after, passed_over):
@@ -114,6 +139,20 @@ class Trial:
             cleared |= without and not from_dump
         return cleared
 
+    def _was_not_added(self, skip: Skip) -> bool:
+        """Return whether what left the layer has attn_out as it should be in it, not as dumped."""
+        replay, leaving = self.replay, self._leaving
+        if leaving is None or not (RESIDUAL in replay.held or replay.can(RESIDUAL)):
+            return False
+        off = {"as dumped": 0.0, "as it should be": 0.0}
+        dumped = replay.held["attn_out"]
+        for first, truth, found in compared(replay, "attn_out", dumped, skip):
+            last = first + len(truth)
+            added = leaving.rows(first, last) - replay.entering(first, last)
+            off["as dumped"] += _squares(added - found)
+            off["as it should be"] += _squares(added - truth)
+        return off["as it should be"] < CLEARLY**2 * off["as dumped"]
+
     def _right(self, name: str, skip: Skip) -> bool:
         return self._account(name, skip)[1] is not None
 
@@ -123,7 +162,12 @@ class Trial:
             account = account_of(self.replay, name, skip)
             bits: dict[str, float] | None = {} if account.agrees else None
             if bits is None and not account.weighed.residual.contradictions:
-                noise = weight_noise(self.replay, name, skip)
+                noise = weight_noise(self.replay, name, skip, account.added.floors)
                 bits = None if noise is None else noise.bits
             self._known[name, skip] = account, bits
         return self._known[name, skip]
+
+
+def _squares(difference: np.ndarray) -> float:
+    """Return the sum of squares; infinite if anything is not finite."""
+    return float(np.sum(np.square(difference))) if np.isfinite(difference).all() else np.inf

@@ -12,6 +12,7 @@ import numpy as np
 
 from qwenref.judge.replay import Replay, Skip
 from qwenref.judge.residual import compared
+from qwenref.metrics import MARGIN, Errors
 from qwenref.stages import RESIDUAL
 
 MOST = 0.35
@@ -49,13 +50,14 @@ class Noise(NamedTuple):
     bits: dict[str, float]
 
 
-def weight_noise(replay: Replay, name: str, skip: Skip) -> Noise | None:
+def weight_noise(replay: Replay, name: str, skip: Skip, floors: Errors) -> Noise | None:
     """Return what widths of weights explain the error of a stage; None if none do.
 
     Args:
         replay: With what the engine dumped.
         name: The stage.
         skip: Whose dumps are not read.
+        floors: What is normal of exact weights.
     """
     on_the_way = {name} | replay.bridges(name, skip)
     embedded = RESIDUAL in on_the_way
@@ -73,7 +75,7 @@ def weight_noise(replay: Replay, name: str, skip: Skip) -> Noise | None:
     bits = {}
     for tensor, columns in _tensors(replay, name, embedded=embedded, products=products).items():
         of = truth[:, columns], error[:, columns]
-        if not np.any(of[1]):
+        if _is_normal(*of, floors):
             continue
         if not _unstructured(*of, inputs, replay.sizes):
             return None
@@ -114,12 +116,11 @@ def _unstructured(
         return False
     scales = np.ones(len(error))
     if inputs is not None:
-        scales = _rms(inputs, axis=1)
+        scales = np.sqrt(np.mean(np.square(inputs), axis=1))
     error, truth = (of / np.where(scales, scales, 1.0)[:, None] for of in (error, truth))
     size = _rms(error)
-    tokens = _rms(error, axis=1)
-    heads = _rms(_by_head(error, sizes["H"]), axis=(0, 2))
-    uneven = [*tokens, *heads]
+    by_head = _by_head(error, sizes["H"])
+    uneven = [*map(_rms, by_head), *map(_rms, by_head.swapaxes(0, 1))]
     if max(uneven) > UNEVEN * size or min(uneven) * UNEVEN < size:
         return False
     if np.abs(error).max() > STANDS_OUT * size:
@@ -159,6 +160,16 @@ def _by_head(values: np.ndarray, H: int) -> np.ndarray:
     return values.reshape(len(values), -1, width)
 
 
+def _is_normal(truth: np.ndarray, error: np.ndarray, floors: Errors) -> bool:
+    """Return whether errors are no larger than exact weights make them."""
+    if floors.whole is None or floors.element is None:
+        return False
+    size, largest = _rms(truth), float(np.abs(error).max())
+    return _rms(error) <= MARGIN * floors.whole * size and largest <= (
+        MARGIN * floors.element * size
+    )
+
+
 def _bits(truth: np.ndarray, error: np.ndarray) -> float:
     """Return how many bits make such an error: blocks of 32, rounded to 2**(bits-1) - 1 steps.
 
@@ -167,8 +178,8 @@ def _bits(truth: np.ndarray, error: np.ndarray) -> float:
     return float(1 + np.log2(1 + 2.07 / 12**0.5 / (_rms(error) / _rms(truth))))
 
 
-def _rms(values: np.ndarray, axis: int | tuple[int, ...] | None = None) -> np.ndarray:
-    return np.sqrt(np.mean(np.square(values), axis=axis))
+def _rms(values: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:

@@ -1,7 +1,6 @@
 """What was found of one engine's dumps, in words."""
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 
 from qwenref.errors import printable
 from qwenref.judge.explanation import Explanation, StageExplained, Verdict
@@ -62,10 +61,9 @@ def summary_of(answer: Explanation) -> list[str]:
 def _blame(answer: Explanation) -> Iterator[str]:
     added = [of for of in answer.stages if of.status == "added"]
     wrong = [of for of in answer.stages if of.status == "dumped_wrong"]
-    for size, group in groupby(added, key=_size):
-        of = [*group]
-        names = _listed([_span(each) for each in of])
-        yield f"{names} add{'s' * (len(of) == 1)} the error ({size})."
+    if added:
+        verb = "adds" if len(added) == 1 else "add"
+        yield f"{_listed([_span(of) for of in added])} {verb} the error ({_sizes(added)})."
     if wrong:
         files = _listed([of.stage for of in wrong])
         one = len(wrong) == 1
@@ -78,14 +76,14 @@ def _blame(answer: Explanation) -> Iterator[str]:
     names = [of.stage for of in answer.stages]
     before = [of for of in answer.stages[: names.index(first)] if of.status != "unmeasured"]
     inherited = [of.stage for of in answer.stages if of.status == "inherited"]
-    rest = []
+    said = []
     if before and all(of.status == "agree" for of in before):
-        rest.append("everything before agrees")
+        said.append("Everything before agrees")
     if inherited:
-        rest.append(f"{_range(inherited, names)} only inherit{'s' * (len(inherited) == 1)} it")
-    if rest:
-        text = "; ".join(rest)
-        yield f"{text[0].upper()}{text[1:]}."
+        what = f"{_range(inherited, names)} only inherit{'s' * (len(inherited) == 1)} it"
+        said.append(what if said else f"After it, {what}")
+    if said:
+        yield f"{'; '.join(said)}."
 
 
 def _span(of: StageExplained) -> str:
@@ -95,12 +93,18 @@ def _span(of: StageExplained) -> str:
     return f"{of.stage} (somewhere between {_listed(of.computed_from)} and it)"
 
 
-def _size(of: StageExplained) -> str:
-    if of.reason is not None:
-        return of.reason
-    added = "not finite" if of.added is None else f"{of.added:.2g}"
-    floor = "unknown" if of.floor is None else f"{of.floor:.1e}"
-    return f"{added}; floor {floor}" + (f"; {of.pattern}" if of.pattern else "")
+def _sizes(added: Sequence[StageExplained]) -> str:
+    """Return how large the errors are that stages add, against what is normal, and where."""
+    reasons = [of.reason for of in added if of.reason is not None]
+    errors = [f"{of.added:.2g}" for of in added if of.reason is None and of.added is not None]
+    floors = [of.floor for of in added if of.reason is None and of.floor is not None]
+    words = [*reasons]
+    if errors:
+        words.append(_listed(errors))
+    if floors:
+        words.append(f"floor {max(floors):.1e}")
+    patterns = {of.pattern for of in added if of.pattern}
+    return "; ".join([*words, *(patterns if len(patterns) == 1 else ())])
 
 
 def _computes(stages: Sequence[StageExplained]) -> Iterator[str]:

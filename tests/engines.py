@@ -1,0 +1,25 @@
+"""Dumps of other engines: real ones from tests/data, and what transformers computes just now."""
+
+from argparse import Namespace
+from pathlib import Path
+
+import capture_hf
+from helpers import ROOT, TINY
+
+from qwenref.model.tokens import DEFAULT_PROMPT
+
+DATA = ROOT / "tests" / "data"
+FAULTY = ("apr-rope-interleaved", "llama-theta-1e4")
+
+Dumps = dict[str, Path]
+"""Dump directories by name: ``ours``, ``hf-DTYPE-LAYOUT``, and those of tests/data."""
+
+
+def captured_from_hf(
+    output: Path, *, dtype: str = "float32", layout: str = "apr", layers: str = "0"
+) -> Path:
+    """Let transformers compute the bundled checkpoint's default prompt."""
+    options = {"model": TINY, "prompt": DEFAULT_PROMPT, "tokens": None, "force": False}
+    more = {"dtype": dtype, "layout": layout, "layers": layers, "output": output}
+    capture_hf.capture(Namespace(**options, **more))
+    return output
