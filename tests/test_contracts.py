@@ -13,9 +13,13 @@ from write_schemas import CONTRACTS, schemas
 
 from qwenref.dumps import aprt
 from qwenref.files import parse_json
+from qwenref.judge import explanation
+from qwenref.judge.dialects import BLOCKS, FLOATING
 from qwenref.judge.distance import LEAST_VALUES, MASKED
 from qwenref.judge.floors import BLIND, GENERIC_FILE, PRECISIONS, Generic
+from qwenref.judge.recovery import ALIKE, AS_GOOD
 from qwenref.judge.result import Status
+from qwenref.judge.weight_noise import FOLLOWS, HALF, MOST, PARALLEL, STANDS_OUT, TELLING, UNEVEN
 from qwenref.metrics import MARGIN
 from qwenref.noise import CLASSES, DUMPED, MOST_TOKENS, WINDOW
 from qwenref.stages import ATTENTION, BY_NAME, RESIDUAL
@@ -37,7 +41,7 @@ FALSIFIERS = [
 
 
 def test_there_are_contracts() -> None:
-    names = ["aprt-v1.yaml", "diff-v1.yaml", "stages-v1.yaml"]
+    names = ["aprt-v1.yaml", "diff-v1.yaml", "explain-v1.yaml", "stages-v1.yaml"]
     assert [path.name for path in CONTRACT_FILES] == names
 
 
@@ -112,6 +116,20 @@ def test_the_rules_of_comparing_are_those_in_code() -> None:
     lengths = ", ".join(str(up_to.tokens) for up_to in GENERIC.lengths[:-1])
     assert f"up to {lengths}, {GENERIC.lengths[-1].tokens} tokens" in equations["floor"]["domain"]
     assert f"rms(attn_scores) / {GENERIC.scores_rms:g}" in equations["floor"]["formula"]
+
+
+def test_the_rules_of_explaining_are_those_in_code() -> None:
+    equations = load("explain-v1.yaml")["equations"]
+    noise = equations["weight_noise"]["formula"]
+    for limit in (MOST, STANDS_OUT, FOLLOWS, PARALLEL, HALF, TELLING, UNEVEN):
+        assert re.search(rf"(<=|>|factor) {limit:g}\b", noise)
+    recovered = equations["tokens_recovered"]["formula"]
+    assert f"within {AS_GOOD:.0e}".replace("e-0", "e-") in recovered
+    assert f"below {ALIKE:g}" in recovered
+    assert f"{MARGIN:g} * floor >= {BLIND}" in equations["status"]["formula"]
+    assert equations["status"]["codomain"].split(", ") == [*get_args(explanation.Status)]
+    for name in (*FLOATING, *BLOCKS):
+        assert name in equations["dialect"]["formula"]
 
 
 def test_the_aprt_contract_is_the_header_in_code() -> None:

@@ -170,7 +170,9 @@ def test_quantised_weights_are_innocent(dumps: Dumps, wide: Path) -> None:
     for bits in (noise.embedding, noise.q, noise.k, noise.v, noise.o):
         assert bits is not None
         assert 3.5 < bits < 4.5
-    assert "Its weights seem to be rounded: embedding to about 4 bits" in report(found)
+    assert "Its weights seem to be rounded to about 4 bits: embedding, q, k, v and o." in report(
+        found
+    )
     rounded = {"embedding", *PROJECTIONS}
     for stage in found.stages:
         assert stage.added is not None

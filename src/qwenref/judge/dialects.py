@@ -56,6 +56,10 @@ class Dialect:
         result: The format of the result.
         skips: Stages that exist in dumps alone, because the engine makes this one without them.
         flash: Whether `flash_attention` stands for attn_scores, attn_softmax and attention.
+        undivided: Whether probabilities are rounded before they are divided by their sum.
+        scaled_first: Whether queries are rounded after 1/sqrt(H) was applied to them.
+        minus_bias: Whether qkv_matmul is taken as output minus bias.
+        then: The format of that difference.
     """
 
     id: str
@@ -65,16 +69,40 @@ class Dialect:
     result: str = "exact"
     skips: frozenset[str] = frozenset()
     flash: bool = False
+    undivided: bool = False
+    scaled_first: bool = False
+    minus_bias: bool = False
+    then: str = "exact"
+
+    @property
+    def rounds_unseen(self) -> bool:
+        """Whether it rounds what is in no dump, and may flip for what float32 makes of that."""
+        return self.flash or self.undivided
 
     @property
     def on_the_way(self) -> "Dialect":
         """How stages are computed that this one takes and that are not held."""
         return replace(EXACT, formats=self.formats, flash=self.flash)
 
+    @property
+    def of_output(self) -> "Dialect":
+        """How the output is computed that the bias is taken from."""
+        return replace(self, minus_bias=False)
+
     def rounded_inputs(self, given: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Round the inputs of a stage."""
         if not self.inputs:
             return [*given]
+        if self.undivided:
+            softmax, v = given
+            largest = softmax.max(axis=-1, keepdims=True)
+            scaled = np.divide(softmax, largest, out=np.zeros_like(softmax), where=largest > 0)
+            return [in_format(scaled, self.inputs[0]) * largest, in_format(v, self.inputs[1])]
+        if self.scaled_first:
+            q, k = given
+            scale = np.float32(q.shape[-1] ** -0.5)
+            scaled = (q.astype(np.float32) * scale).astype(np.float64)
+            return [in_format(scaled, self.inputs[0]) / scale, in_format(k, self.inputs[1])]
         return [in_format(x, name) for x, name in zip(given, self.inputs, strict=True)]
 
 
@@ -131,7 +159,7 @@ def _of_products(
 def _apart(stage: str) -> Iterator[Dialect]:
     """Yield how the two operands of a product may be rounded, together or apart."""
     names = INPUTS[stage]
-    pairs = product(("exact", *FLOATING), repeat=2)
+    pairs = [*product(("exact", *FLOATING), repeat=2)]
     for pair in sorted(pairs, key=lambda pair: (-pair.count("exact"), pair[0] != pair[1])):
         if pair == ("exact", "exact"):
             continue
@@ -144,15 +172,43 @@ def _apart(stage: str) -> Iterator[Dialect]:
             " and ".join(f"{name} rounded to {to}" for name, to in rounded),
             pair,
         )
+    first, second = names
+    scores = stage == "attn_scores"
+    how = "after 1/sqrt(H)" if scores else "before they are divided by their sum"
+    for to, of in pairs:
+        if to != "exact":
+            yield Dialect(
+                f"{'scaled' if scores else 'undivided'}-{to}-{second}-{of}",
+                f"{first} rounded to {to} {how}" + ("" if of == "exact" else f", {second} to {of}"),
+                (to, of),
+                undivided=not scores,
+                scaled_first=scores,
+            )
 
 
-def result_dialects(stage: str, bridges: Collection[str], narrow: str) -> Iterator[Dialect]:
+def minus_bias(narrow: str, then: str = "exact") -> Dialect:
+    """Return that qkv_matmul is taken as output, rounded to a format, minus bias."""
+    rounded = "" if narrow == "exact" else f", of an output rounded to {narrow}"
+    return Dialect(
+        "-".join(["output-minus-bias", *([narrow] if rounded else [])]),
+        f"output minus bias{rounded}",
+        formats=(("stored", narrow),) if rounded else (),
+        result=narrow,
+        minus_bias=True,
+        then=then,
+    )
+
+
+def result_dialects(
+    stage: str, bridges: Collection[str], narrow: str, *, stored: bool
+) -> Iterator[Dialect]:
     """Yield how results may be rounded to a format, and what may be rounded on the way.
 
     Args:
         stage: The stage that is computed.
         bridges: Stages that are computed on the way; their results are rounded too.
         narrow: The format.
+        stored: Whether weights are rounded to it as well.
     """
     text = f"result rounded to {narrow}"
     between = [name for name in bridges if name in RESULTS]
@@ -167,7 +223,7 @@ def result_dialects(stage: str, bridges: Collection[str], narrow: str) -> Iterat
     inner = [*found.items()]
     for chosen in (inner, *([one] for one in inner if len(inner) > 1), *([[]] if inner else [])):
         points = [point for point, _ in chosen]
-        formats = [(point, narrow) for point in ("stored", *between, *points)]
+        formats = [(point, narrow) for point in (*(["stored"] * stored), *between, *points)]
         yield Dialect(
             "-".join([f"result-{narrow}", *points]),
             ", ".join([text, *(words for _, words in chosen)]),

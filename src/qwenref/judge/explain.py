@@ -19,7 +19,7 @@ from qwenref.judge.laying_out import readings
 from qwenref.judge.recovery import in_words, recovered_tokens, without_weight
 from qwenref.judge.replay import Replay
 from qwenref.judge.residual import row_of
-from qwenref.judge.scope import tokens_in
+from qwenref.judge.scope import fits, tokens_in
 from qwenref.judge.trial import CHAIN, Trial
 from qwenref.judge.words import summary_of, verdict_of
 from qwenref.model.checkpoint import Checkpoint
@@ -218,12 +218,16 @@ def _of_layer(dump: Dump, layer: int) -> Dump:
 
 
 def _length(case: _Case, own: Dump, sizes: Mapping[str, int]) -> int:
-    """Return how many tokens the dump is of: the prompt's, if any file fits that."""
+    """Return how many tokens the dump is of: the prompt's, if files fit that as well as any."""
+    files = [_with_embedding(own)]
+    T = tokens_in(files, sizes)
     if case.tokens is not None:
-        expected = {**case.config.sizes, "T": len(case.tokens)}
-        if any(_ways(own, case.layer, expected).values()):
+        expected, found = (
+            sum(well > 1 for well in fits(files, sizes, each)) if each else 0
+            for each in (len(case.tokens), T)
+        )
+        if expected and expected >= found:
             return len(case.tokens)
-    T = tokens_in([_with_embedding(own)], sizes)
     if T is None:
         raise QwenrefError(f"no file of {own.name} is of a size that {dict(sizes)} explain")
     return T

@@ -83,6 +83,7 @@ class StageExplained(msgspec.Struct, frozen=True):
         reason: In words, where the status does not speak for itself.
         dtype: What all its values fit: ``bfloat16`` or ``float16``, else ``float32``.
         total: Relative L2 against the oracle's own chain.
+        cosine: Against the oracle's own chain too; shown because others judge by it.
         added: Relative L2 against the stage computed from the dump's own inputs, in float64.
         floor: What is normal of `added`, in the precision that explains it best.
         ratio: How many floors the worst slice is off, in that precision.
@@ -102,6 +103,7 @@ class StageExplained(msgspec.Struct, frozen=True):
     reason: str | None = None
     dtype: str | None = None
     total: float | None = None
+    cosine: float | None = None
     added: float | None = None
     floor: float | None = None
     ratio: float | None = None

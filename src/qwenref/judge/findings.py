@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
+import msgspec
+
 from qwenref.judge.dialects import NARROW
 from qwenref.judge.explanation import (
     Check,
@@ -16,7 +18,7 @@ from qwenref.judge.pattern import pattern_of
 from qwenref.judge.precision_of import all_fit
 from qwenref.judge.residual import residual_of
 from qwenref.judge.trial import CHAIN, Standing, Trial
-from qwenref.metrics import MARGIN, Error, finite, worst_of
+from qwenref.metrics import MARGIN, finite, worst_of
 from qwenref.stages import EMBEDDING, RESIDUAL
 
 WRONG = ("added", "dumped_wrong")
@@ -45,11 +47,11 @@ def explained_stages(
             continue
         replay = trial.replay
         dtype = next((of for of in NARROW if all_fit(replay, name, of)), "float32")
-        total, normal = None, False
+        total, cosine, normal = None, None, False
         if oracle.can(name):
             oracle.held = {name: replay.held[name]}
             residual = residual_of(oracle, name)
-            total = residual.errors.whole
+            total, cosine = residual.errors.whole, residual.cosine
             floors = generic_floors(None, label(name), replay.sizes, replay.sizes["T"], None)[dtype]
             worst = worst_of(residual.errors, for_last_token(floors) if residual.first else floors)
             normal = not residual.contradictions and (worst is None or worst.ratio <= MARGIN)
@@ -63,7 +65,8 @@ def explained_stages(
             status = "inherited"
         if status in ("added", "inherited"):
             tainted.add(name)
-        stages.append(_stage(trial, standing, status, reason, dtype, total))
+        found_here = _stage(trial, standing, status, reason)
+        stages.append(msgspec.structs.replace(found_here, dtype=dtype, total=total, cosine=cosine))
     return stages
 
 
@@ -77,20 +80,16 @@ def blamed(check: Check) -> str:
     return next(name for name in (*CHAIN, "") if name and name in check.name)
 
 
-def _stage(
-    trial: Trial,
-    standing: Standing,
-    status: Status,
-    reason: str | None,
-    dtype: str,
-    total: Error,
-) -> StageExplained:
+def _stage(trial: Trial, standing: Standing, status: Status, reason: str | None) -> StageExplained:
     name, replay = standing.name, trial.replay
     way = replay.held[name].layout
     if standing.account is None:
-        return StageExplained(label(name), status, reason, dtype, total, layout=way)
+        return StageExplained(label(name), status, reason, layout=way)
     best = standing.account.weighed
     contradictions = best.residual.contradictions
+    if standing.bits and status not in WRONG:
+        each = [f"{tensor} to about {of:.0f} bits" for tensor, of in standing.bits.items()]
+        reason = f"as rounded weights make it: {', '.join(each)}"
     if contradictions and status in WRONG:
         reason = f"{contradictions} NaN or infinite values that do not follow from what is before"
     worst = best.worst
@@ -98,8 +97,6 @@ def _stage(
         stage=label(name),
         status=status,
         reason=reason,
-        dtype=dtype,
-        total=total,
         added=None if contradictions else standing.account.added.residual.errors.whole,
         floor=best.floors.whole,
         ratio=None if worst is None or contradictions else finite(worst.ratio),

@@ -15,6 +15,7 @@ from qwenref.judge.dialects import (
     Formats,
     flash_attention,
     in_format,
+    minus_bias,
 )
 from qwenref.judge.held import Held
 from qwenref.metrics import Errors, floors_of, sums_of
@@ -31,6 +32,9 @@ ROWS = MOST_TOKENS
 
 WEIGHTED = ("attn_norm", "qkv_matmul", "qkv_bias", "attn_out")
 """Stages that take weights."""
+
+FLOAT32 = 2.0**-23
+"""Relative error of a difference that a file holds in float32: of two roundings."""
 
 Skip = frozenset[str]
 """Stages whose dump is not read: they are computed from what they are computed from."""
@@ -138,11 +142,14 @@ class Replay:
             rows = self._table_rows(slice(span.start, span.stop))
             return in_format(rows, dict(dialect.formats).get("stored", "exact"))
         skip = skip | dialect.skips
-        stage = BY_NAME[name]
         if dialect.flash and name == "attention":
             q = self._rows("q_post_rope", span, skip, dialect)
             k, v = (self._keys(each, skip, dialect) for each in ("k_post_rope", "qkv_bias"))
             return flash_attention(q, k, v, span.start)
+        if dialect.minus_bias:
+            output = self.compute("qkv_bias", span, skip | {name}, dialect.of_output)
+            return in_format(output - self._bias(dialect), dialect.then)
+        stage = BY_NAME[name]
         first, *keyed = stage.computed_from
         given = [self._rows(first, span, skip, dialect)]
         given += [self._keys(each, skip, dialect) for each in keyed]
@@ -151,7 +158,7 @@ class Replay:
         if stage.positioned:
             rows = span.stop - span.start
             position = (span.start,) if stage.sliced else (np.full(rows, span.start),)
-        return self._computed(stage, given, position, dialect)
+        return in_format(self._computed(stage, given, position, dialect), dialect.result)
 
     def floor(
         self, name: str, skip: Skip = NOTHING, *, dialect: Dialect = EXACT, held_in: str = "exact"
@@ -167,10 +174,17 @@ class Replay:
         normal = _Normal(skip | dialect.skips, dialect.result, held_in)
         if name == RESIDUAL:
             stage, runs = EMBEDDING, self._entered()
+        elif dialect.minus_bias:
+            stage = BY_NAME["qkv_bias"]
+            runs = self._computed_runs(stage, normal._replace(skip=normal.skip | {name}))
         else:
             stage = BY_NAME[name]
             runs = self._computed_runs(stage, normal)
         draws = [in_format(draw, dialect.result) for draw in runs.draws]
+        if dialect.minus_bias:
+            bias = self._bias(dialect)
+            runs = runs._replace(value=runs.value - bias)
+            draws = [in_format(draw - bias, dialect.then) for draw in draws]
         sums = [sums_of(stage, runs.value, draw - runs.value, self.sizes["H"]) for draw in draws]
         largest = np.max([each.largest for each in sums], axis=0)
         if name == "attn_softmax":  # its rms is smaller with more keys, its peaks are not
@@ -216,6 +230,29 @@ class Replay:
             ]
             self._known[key] = np.concatenate(parts)
         return self._known[key]
+
+    def output_fits(self, narrow: str) -> bool:
+        """Return whether qkv_matmul with the bias is rounded to a format, as far as is held."""
+        output, product = self.held.get("qkv_bias"), self.held["qkv_matmul"]
+        bias = self._bias(minus_bias(narrow))
+        for span in self.spans:
+            first = max(span.first, product.first)
+            if first < span.stop and output is not None and output.first <= first:
+                values, slack = output.rows(first, span.stop), 0.0
+            elif first < span.stop:
+                values = product.rows(first, span.stop) + bias
+                slack = FLOAT32 * (np.abs(values) + np.abs(bias))
+            else:
+                continue
+            if np.any(np.abs(in_format(values, narrow) - values) > slack):
+                return False
+        return True
+
+    def _bias(self, dialect: Dialect) -> np.ndarray:
+        """Return the biases of q, k and v, as a dialect stores them."""
+        rows = self._positions if len(self.spans) > 1 else np.arange(self.sizes["T"])
+        none = np.zeros((len(rows), self.sizes["F"]))
+        return self._computed(BY_NAME["qkv_bias"], [none], (), dialect)[:1]
 
     def _computed(
         self, stage: Stage, given: Sequence[np.ndarray], position: tuple[object, ...], of: Dialect

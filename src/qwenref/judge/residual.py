@@ -1,5 +1,6 @@
 """How far a dumped stage is from what it was computed from: the error that it added itself."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -7,7 +8,7 @@ import msgspec
 import numpy as np
 
 from qwenref.chain import Span
-from qwenref.judge.dialects import EXACT, Dialect, in_format
+from qwenref.judge.dialects import EXACT, Dialect
 from qwenref.judge.floors import BLIND, for_last_token, seeing
 from qwenref.judge.held import Held
 from qwenref.judge.replay import NOTHING, Replay, Skip
@@ -17,6 +18,7 @@ from qwenref.metrics import (
     Sums,
     Worst,
     errors_of,
+    finite,
     for_all_tokens,
     sums_of,
     worst_of,
@@ -33,6 +35,7 @@ class Residual(NamedTuple):
         errors: Of all slices.
         sums: Behind them.
         contradictions: How many values are NaN or infinite on one side alone, or differ in that.
+        cosine: Of the two, where both are finite; None if one of them is zero everywhere.
     """
 
     stage: Stage
@@ -40,6 +43,7 @@ class Residual(NamedTuple):
     errors: Errors
     sums: Sums
     contradictions: int
+    cosine: float | None
 
 
 class Weighed(NamedTuple):
@@ -49,18 +53,20 @@ class Weighed(NamedTuple):
         residual: What was found.
         floors: What is normal.
         worst: The slice that is the most floors off; None if no slice can be judged.
+        but_for_flips: Whether what is left is that unseen values were rounded the other way.
     """
 
     residual: Residual
     floors: Errors
     worst: Worst | None
+    but_for_flips: bool = False
 
     @property
     def agrees(self) -> bool:
         """Whether the residual is normal."""
         if self.residual.contradictions:
             return False
-        return self.worst is None or self.worst.ratio <= MARGIN
+        return self.but_for_flips or self.worst is None or self.worst.ratio <= MARGIN
 
     @property
     def blind(self) -> bool:
@@ -90,7 +96,7 @@ def compared(
         first = max(span.first, held.first)
         if first < span.stop:
             new = *([slice(None)] * axis), slice(first - span.start, None)
-            truth = in_format(replay.compute(name, span, skip, dialect)[new], dialect.result)
+            truth = replay.compute(name, span, skip, dialect)[new]
             yield first, truth, held.rows(first, span.stop)
 
 
@@ -99,7 +105,7 @@ def residual_of(
 ) -> Residual:
     """Compare what is held of a stage with what it is computed from."""
     stage, held = row_of(name), replay.held[name]
-    parts, contradictions = [], 0
+    parts, contradictions, dumped_squares = [], 0, 0.0
     with np.errstate(invalid="ignore", over="ignore"):
         for first, truth, dumped in compared(replay, name, held, skip, dialect):
             bad = ~(np.isfinite(truth) & np.isfinite(dumped))
@@ -108,11 +114,20 @@ def residual_of(
                 clash = np.tril(clash, first)
             contradictions += int(np.count_nonzero(clash))
             difference = np.where(bad, 0.0, dumped - truth)
+            seen = np.tril(dumped, first) if stage.masked else dumped
+            dumped_squares += float(np.sum(np.square(np.where(bad, 0.0, seen))))
             truth = np.where(bad, 0.0, truth)
             parts.append(sums_of(stage, truth, difference, replay.sizes["H"], first))
     sums = Sums(*(np.concatenate(of, axis=-2) for of in zip(*parts, strict=True)))
     errors = errors_of(stage, sums, replay.sizes)
-    return Residual(stage, held.first, errors, sums, contradictions)
+    cosine = _cosine(float(sums.error.sum()), float(sums.scale.sum()), dumped_squares)
+    return Residual(stage, held.first, errors, sums, contradictions, cosine)
+
+
+def _cosine(error: float, truth: float, dumped: float) -> float | None:
+    """Return the cosine from sums of squares, of the difference and of both."""
+    norms = 2 * math.sqrt(truth) * math.sqrt(dumped)
+    return finite((truth + dumped - error) / norms) if norms else None
 
 
 def weighed(

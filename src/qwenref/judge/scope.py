@@ -37,19 +37,21 @@ def tokens_in(dumps: Sequence[Dump], sizes: Mapping[str, int] | None) -> int | N
     if sizes is None:
         return None
     lengths = {T for dump in dumps for T in _lengths(dump, sizes) if T}
+    return max(lengths, key=lambda T: (sum(fits(dumps, sizes, T)), T), default=None)
 
-    def explained(T: int) -> int:
-        ways = (
-            next(
-                arrangements(BY_NAME[name], sizes, T, [part.count for part in parts.values()]), None
-            )
-            for dump in dumps
-            for (_, name), parts in dump.stages.items()
-            if name in BY_NAME
-        )
-        return sum(3 - (LAST in way.name) - (PADDED in way.name) for way in ways if way)
 
-    return max(lengths, key=lambda T: (explained(T), T), default=None)
+def fits(dumps: Sequence[Dump], sizes: Mapping[str, int], T: int) -> list[int]:
+    """Return how well files fit a number of tokens: 3, or less if just in part, for each that does.
+
+    It is 1 for the last query with padded keys: nearly everything may be that.
+    """
+    ways = (
+        next(arrangements(BY_NAME[name], sizes, T, [part.count for part in parts.values()]), None)
+        for dump in dumps
+        for (_, name), parts in dump.stages.items()
+        if name in BY_NAME
+    )
+    return [3 - (LAST in way.name) - (PADDED in way.name) for way in ways if way]
 
 
 def _lengths(dump: Dump, sizes: Mapping[str, int]) -> Iterator[int]:

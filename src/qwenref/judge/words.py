@@ -54,7 +54,7 @@ def summary_of(answer: Explanation) -> list[str]:
     if computes:
         lines.append(f"Your engine computes: {computes}.")
     if answer.weight_noise is not None:
-        lines.append(f"Its weights seem to be rounded: {_bits(answer)}.")
+        lines.append(f"Its weights seem to be rounded {_bits(answer)}.")
     return lines
 
 
@@ -127,9 +127,13 @@ def _precision(of: StageExplained) -> str:
 
 
 def _bits(answer: Explanation) -> str:
-    noise = answer.weight_noise
-    widths = {name: getattr(noise, name) for name in ("embedding", "q", "k", "v", "o")}
-    return ", ".join(f"{name} to about {of:.0f} bits" for name, of in widths.items() if of)
+    """Return ``to about 4 bits: q and k; to about 6 bits: v``."""
+    tensors: dict[int, list[str]] = {}
+    for name in ("embedding", "q", "k", "v", "o"):
+        bits = getattr(answer.weight_noise, name)
+        if bits is not None:
+            tensors.setdefault(round(bits), []).append(name)
+    return "; ".join(f"to about {bits} bits: {_listed(of)}" for bits, of in tensors.items())
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -148,7 +152,7 @@ def report(answer: Explanation) -> str:
     """Return the whole report; its last lines are the summary."""
     title = f"{answer.path}, layer {answer.layer}, against {answer.model or 'no model'}"
     lines = [title, *_of_tokens(answer), ""]
-    columns = ("stage", "status", "added", "floor", "ratio", "total", "layout")
+    columns = ("stage", "status", "added", "floor", "ratio", "total", "cosine", "layout")
     rows = [_row(of) for of in answer.stages]
     widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
     for of, row in zip((None, *answer.stages), (columns, *rows), strict=True):
@@ -184,7 +188,7 @@ def _of_tokens(answer: Explanation) -> Iterator[str]:
 
 def _row(of: StageExplained) -> tuple[str, ...]:
     if of.status == "unmeasured" and of.layout is None:
-        return of.stage, of.status, "-", "-", "-", "-", ""
+        return of.stage, of.status, "-", "-", "-", "-", "-", ""
     ratio = "-" if of.ratio is None else f"{of.ratio:.2g}" if of.ratio < 1e4 else f"{of.ratio:.0e}"
     return (
         of.stage,
@@ -193,6 +197,7 @@ def _row(of: StageExplained) -> tuple[str, ...]:
         _number(of.floor),
         ratio,
         _number(of.total),
+        "-" if of.cosine is None else f"{of.cosine:.5f}",
         of.layout or "",
     )
 
