@@ -654,12 +654,12 @@ def test_the_engines_are_healthy(precision: str) -> None:
 
 @by_stage
 def test_one_fault_in_float32(stage: Stage) -> None:
-    assert_explained(some(single(BUNDLED, stage, "float32"), 13))
+    assert_explained(some(single(BUNDLED, stage, "float32"), 17))
 
 
 @by_stage
 def test_one_fault_in_bfloat16(stage: Stage) -> None:
-    assert_explained(some(single(BUNDLED, stage, "bfloat16"), 29))
+    assert_explained(some(single(BUNDLED, stage, "bfloat16"), 37))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -669,7 +669,7 @@ def test_two_faults(precision: str) -> None:
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_whole_stages(precision: str) -> None:
-    assert_explained(some(whole_stages(BUNDLED, precision), 11))
+    assert_explained(some(whole_stages(BUNDLED, precision), 13))
 
 
 def test_files_captured_too_early_or_too_late() -> None:
@@ -688,7 +688,7 @@ def test_garbage_behind_the_mask_is_no_fault() -> None:
 
 
 def test_another_shape(equal_heads: Model) -> None:
-    assert_explained(some(everything(equal_heads, "float32"), 97))
+    assert_explained(some(everything(equal_heads, "float32"), 151))
 
 
 @pytest.fixture(scope="module")

@@ -109,13 +109,42 @@ class Dialect:
 EXACT = Dialect("exact", "float32")
 
 
-def operand_dialects(stage: str, bridges: Collection[str]) -> Iterator[Dialect]:
+def with_weights(dialect: Dialect, weights: Formats) -> Dialect:
+    """Return a dialect of an engine that holds weights, or the embedding table, in a format."""
+    if not weights or "stored" in dict(dialect.formats):
+        return dialect
+    ((point, narrow),) = weights
+    what = "weights" if point == "stored" else "embedding table"
+    exact = dialect.id == EXACT.id
+    return replace(
+        dialect,
+        id="-".join([what.split()[-1], narrow, *([] if exact else [dialect.id])]),
+        text=f"{what} rounded to {narrow}" + ("" if exact else f", {dialect.text}"),
+        formats=(*dialect.formats, *weights),
+    )
+
+
+def with_operands(dialect: Dialect, narrow: str) -> Dialect:
+    """Return a dialect in whose name it stands that operands are rounded too."""
+    if narrow == "exact":
+        return dialect
+    return replace(
+        dialect,
+        id=f"{dialect.id}-operands-{narrow}",
+        text=f"{dialect.text}, operands to {narrow} or finer",
+    )
+
+
+def operand_dialects(stage: str, bridges: Collection[str], weights: Formats) -> Iterator[Dialect]:
     """Yield how the operands of products may be rounded, those first that round the least.
 
     Args:
         stage: The stage that is computed.
         bridges: Stages that are computed on the way.
+        weights: What weights are rounded to; if they are, that may be all.
     """
+    if weights:
+        yield EXACT
     on_the_way = {stage, *bridges}
     matrices = [point for name, point in MATRICES.items() if name in on_the_way]
     caches = [point for name, point in CACHE.items() if name in on_the_way]
@@ -129,11 +158,8 @@ def operand_dialects(stage: str, bridges: Collection[str]) -> Iterator[Dialect]:
     pairs = sorted(product(of_matrices, of_caches), key=lambda pair: -pair.count("exact"))
     for matrix, cache in pairs[1:]:
         yield _of_products(matrices, matrix, caches, cache)
-    if matrices:
-        for narrow in NARROW:
-            yield Dialect(
-                f"weights-{narrow}", f"weights rounded to {narrow}", formats=(("stored", narrow),)
-            )
+    if stage in INPUTS:
+        yield from _apart(stage)
 
 
 def _of_products(

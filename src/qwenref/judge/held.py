@@ -1,7 +1,7 @@
 """A stage as an engine dumped it, read a few tokens at a time in the axes of `qwenref.stages`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,13 +36,21 @@ class Held:
         return self._taken(slice(start - self.first, stop - self.first), start)
 
     def at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the tokens at some positions; of queries, what they make of keys at those."""
-        taken = self._taken(positions - self.first, None)
+        """Return the tokens at some positions; of queries, what they make of keys at those.
+
+        The first token that it has stands for those that it lacks.
+        """
+        taken = self._taken(np.maximum(positions - self.first, 0), None)
         if not self.stage.masked:
             return taken
         taken = taken[:, :, positions]
         taken[:, positions > positions[:, None]] = 0
         return taken
+
+    @property
+    def stored(self) -> "Held":
+        """The same, without the factor: as it was rounded when it was stored."""
+        return replace(self, factor=1.0)
 
     @property
     def layout(self) -> str:

@@ -61,16 +61,16 @@ def lay_out_by_consumers(
     replay: Replay, name: str, ways: Sequence[Held], consumers: Sequence[str]
 ) -> None:
     """Choose again for a stage that is wrong in any order: by what was computed from it."""
-    if len(ways) == 1:
-        return
     before = replay.held[name]
+    ways = [before, *(way for way in ways if way.first == before.first and way is not before)]
     errors = []
-    for way in ways:
+    for way in ways if consumers else ():
         replay.hold(name, way)
-        errors.append([_error(replay, after, replay.held[after]) for after in consumers])
-    best = min(errors, key=lambda of: max(of, default=math.inf))
-    if consumers and max(best) < BLIND:
-        replay.hold(name, ways[errors.index(best)])
+        errors.append(max(_error(replay, after, replay.held[after]) for after in consumers))
+    replay.hold(name, before)
+    if errors and min(errors) < BLIND:
+        if min(errors) < CLEARLY * errors[0]:
+            replay.hold(name, ways[errors.index(min(errors))])
         return
     sibling = replay.held.get(SIBLINGS.get(name, ""))
     alike = [way for way in ways if sibling is not None and way.way.letters == sibling.way.letters]
@@ -78,7 +78,7 @@ def lay_out_by_consumers(
 
 
 def _error(replay: Replay, name: str, way: Held) -> float:
-    """Return the relative L2 of a stage, read in one way, where both sides are finite."""
+    """Return the relative L2 of a stage, read in one way; what is not finite is off by the rms."""
     stage = row_of(name)
     off = of = 0.0
     ends = [*dict.fromkeys((replay.spans[0], replay.spans[-1]))]
@@ -87,6 +87,8 @@ def _error(replay: Replay, name: str, way: Held) -> float:
             if stage.masked:
                 truth, dumped = np.tril(truth, first), np.tril(dumped, first)
             finite = np.isfinite(truth) & np.isfinite(dumped)
+            squares = np.square(truth[np.isfinite(truth)])
             off += float(np.sum(np.square((dumped - truth)[finite])))
-            of += float(np.sum(np.square(truth[finite])))
+            off += np.count_nonzero(~finite) * float(np.mean(squares)) if squares.size else 0.0
+            of += float(np.sum(squares))
     return math.sqrt(off / of) if of else math.inf if off else 0.0

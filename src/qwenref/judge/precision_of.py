@@ -7,12 +7,16 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenref.judge.dialects import (
+    EXACT,
     NARROW,
     Dialect,
+    Formats,
     fits,
     minus_bias,
     operand_dialects,
     result_dialects,
+    with_operands,
+    with_weights,
 )
 from qwenref.judge.replay import NOTHING, Replay, Skip
 from qwenref.judge.residual import Weighed, residual_of, weighed
@@ -23,6 +27,11 @@ FLIPS = 0.15
 nearly a tie, float32 noise makes it another number of the format. A value is off by 1e-7, float16
 has a tie every 5e-4: one in 2,000 flips, and leaves sqrt(12 / 2000) = 0.08. A dialect that is not
 the engine's leaves 0.3 or more.
+"""
+
+OPERANDS_OF_DUMPS = ("float16", "bfloat16")
+"""Formats of operands, the coarser one last. Of values that were rounded when they were dumped it
+cannot be known what they were rounded to before: only how much error that makes.
 """
 
 FEW = 0.1
@@ -43,11 +52,13 @@ class Account(NamedTuple):
         weighed: In that precision; exact if none explains it.
         added: Against the exact computation.
         choices: Dialects that explain it; none if it is exact, or nothing does.
+        hidden: Whether nothing does, but there are stages on the way whose roundings could.
     """
 
     weighed: Weighed
     added: Weighed
     choices: list[Choice]
+    hidden: bool = False
 
     @property
     def agrees(self) -> bool:
@@ -60,22 +71,35 @@ def account_of(replay: Replay, name: str, skip: Skip = NOTHING) -> Account:
     exact = weighed(replay, name, skip)
     if exact.agrees:
         return Account(exact, exact, [])
-    for found in (_results, _operands, _fused, _difference, _rounded_dumps):
-        best = found(replay, name, skip)
-        if best:
-            least = min(best, key=_left)
-            choices = [Choice(one[0], _left(one)) for one in best]
-            return Account(least[1], exact, choices)
-    return Account(exact, exact, [])
+    for weights in replay.weights_may_be(name, skip):
+        for finder in (_results, _operands, _fused, _difference, _rounded_dumps):
+            found = finder(replay, name, skip, weights)
+            if found:
+                least = min(found, key=_left)
+                choices = [Choice(one[0], _left(one)) for one in found]
+                return Account(least[1], exact, choices)
+    return Account(exact, exact, [], _may_be_roundings(replay, name, skip))
+
+
+def _may_be_roundings(replay: Replay, name: str, skip: Skip) -> bool:
+    """Return whether roundings on the way that were not tried could make an error of that size."""
+    if not replay.bridges(name, skip):
+        return False
+    read = [*replay.reads(name, skip), name]
+    narrow = next((of for of in NARROW if all(all_fit(replay, each, of) for each in read)), "exact")
+    like = replace(EXACT, result=narrow)
+    found = weighed(replay, name, skip, like=like, held_in=narrow, operands=OPERANDS_OF_DUMPS[-1])
+    return found.agrees
 
 
 _Found = list[tuple[Dialect, Weighed]]
 
 
-def _results(replay: Replay, name: str, skip: Skip) -> _Found:
+def _results(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
     """Results rounded, and perhaps what is inside; those that leave the least are returned."""
     for narrow in NARROW:
         for tried in _ways_to_round(replay, name, skip, narrow):
+            tried = [with_weights(of, weights) for of in tried]
             found = [(of, weighed(replay, name, skip, of)) for of in tried]
             agreeing = [one for one in found if one[1].agrees]
             if agreeing:
@@ -99,7 +123,8 @@ def _ways_to_round(replay: Replay, name: str, skip: Skip, narrow: str) -> Iterat
                     name, replay.bridges(name, skip | more), narrow, stored=stored
                 )
             ]
-    if name == "qkv_matmul" and replay.output_fits(narrow):
+    unseen = rounded and "qkv_bias" not in replay.held
+    if name == "qkv_matmul" and (unseen or replay.output_fits(narrow)):
         yield [minus_bias(narrow, then=narrow if rounded else "exact")]
 
 
@@ -107,14 +132,16 @@ def _left(one: tuple[Dialect, Weighed]) -> float:
     return one[1].residual.errors.whole or 0.0
 
 
-def _operands(replay: Replay, name: str, skip: Skip) -> _Found:
+def _operands(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
     """Operands rounded: those with the fewest roundings that leave float32 noise."""
     found: _Found = []
-    for dialect in operand_dialects(name, replay.bridges(name, skip)):
+    bridges = replay.bridges(name, skip)
+    for of in operand_dialects(name, bridges, weights):
+        dialect = with_weights(of, weights)
         if found and _roundings(dialect) > _roundings(found[0][0]):
             break
         one = weighed(replay, name, skip, dialect)
-        if dialect.rounds_unseen and not one.agrees:
+        if not one.agrees and (dialect.rounds_unseen or bridges):
             one = one._replace(but_for_flips=_are_flips(replay, name, skip, one))
         if one.agrees:
             found.append((dialect, one))
@@ -141,9 +168,9 @@ def _roundings(dialect: Dialect) -> tuple[int, int]:
     return (len(narrow) if dialect.inputs else len({*narrow}) + dialect.flash), len({*narrow})
 
 
-def _fused(replay: Replay, name: str, skip: Skip) -> _Found:
+def _fused(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
     """The bias added in the same kernel: a dumped qkv_matmul was made for the dump alone."""
-    if name != "qkv_bias" or "qkv_matmul" not in replay.reads(name, skip):
+    if weights or name != "qkv_bias" or "qkv_matmul" not in replay.reads(name, skip):
         return []
     account = account_of(replay, name, skip | {"qkv_matmul"})
     if not account.agrees:
@@ -154,16 +181,16 @@ def _fused(replay: Replay, name: str, skip: Skip) -> _Found:
     return [(dialect, account.weighed)]
 
 
-def _difference(replay: Replay, name: str, skip: Skip) -> _Found:
+def _difference(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
     """The product taken as output minus bias, which leaves the output's errors."""
     if name != "qkv_matmul":
         return []
-    dialect = minus_bias("exact")
+    dialect = with_weights(minus_bias("exact"), weights)
     one = weighed(replay, name, skip, dialect)
     return [(dialect, one)] if one.agrees else []
 
 
-def _rounded_dumps(replay: Replay, name: str, skip: Skip) -> _Found:
+def _rounded_dumps(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
     """Dumps rounded when they were written, after the engine had used their values."""
     read = replay.reads(name, skip)
     for narrow in NARROW:
@@ -173,9 +200,11 @@ def _rounded_dumps(replay: Replay, name: str, skip: Skip) -> _Found:
         dialect = Dialect(
             f"dump-{narrow}", f"dumps rounded to {narrow} when written", result=result
         )
-        one = weighed(replay, name, skip, like=dialect, held_in=narrow)
-        if one.agrees:
-            return [(dialect, one)]
+        way = with_weights(EXACT, weights)
+        for operands in ("exact", *OPERANDS_OF_DUMPS):
+            one = weighed(replay, name, skip, way, like=dialect, held_in=narrow, operands=operands)
+            if one.agrees:
+                return [(with_weights(with_operands(dialect, operands), weights), one)]
     return []
 
 
@@ -185,9 +214,9 @@ def all_fit(replay: Replay, name: str, narrow: str) -> bool:
 
 
 def held_rows(replay: Replay, name: str) -> Iterator[np.ndarray]:
-    """Yield what is held of a stage, piece by piece."""
+    """Yield what is held of a stage, as it is stored, piece by piece."""
     held = replay.held[name]
     for span in replay.spans:
         first = max(span.first, held.first)
         if first < span.stop:
-            yield held.rows(first, span.stop)
+            yield held.stored.rows(first, span.stop)

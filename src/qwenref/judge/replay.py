@@ -1,6 +1,7 @@
 """One layer's stages, computed in float64 from the arrays that an engine dumped itself."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,13 @@ ROWS = MOST_TOKENS
 
 WEIGHTED = ("attn_norm", "qkv_matmul", "qkv_bias", "attn_out")
 """Stages that take weights."""
+
+NARROWER = {
+    "float32": ("bfloat16", "float16"),
+    "float16": ("bfloat16",),
+    "bfloat16": ("float16",),
+}
+"""By the stored dtype of weights, formats that change them; float16 those below 6e-5."""
 
 FLOAT32 = 2.0**-23
 """Relative error of a difference that a file holds in float32: of two roundings."""
@@ -109,25 +117,25 @@ class Replay:
         if name in WEIGHTED and not self._weighted:
             return False
         return all(
-            self._complete(before, skip) or self.can(before, skip)
-            for before in BY_NAME[name].computed_from
+            self._suffices(before, keyed, skip) or self.can(before, skip)
+            for before, keyed in _inputs(name)
         )
 
     def reads(self, name: str, skip: Skip = NOTHING) -> set[str]:
         """Return the stages whose dumps are read when a stage is computed."""
         found: set[str] = set()
-        for before in BY_NAME[name].computed_from if name != RESIDUAL else ():
-            if self._complete(before, skip):
+        for before, keyed in _inputs(name):
+            if self._holds(before, skip):
                 found.add(before)
-            else:
+            if not self._suffices(before, keyed, skip):
                 found |= self.reads(before, skip)
         return found
 
     def bridges(self, name: str, skip: Skip = NOTHING) -> set[str]:
         """Return the stages that are computed on the way to a stage, not read."""
         found: set[str] = set()
-        for before in BY_NAME[name].computed_from if name != RESIDUAL else ():
-            if not self._complete(before, skip):
+        for before, keyed in _inputs(name):
+            if not self._suffices(before, keyed, skip):
                 found |= {before} | self.bridges(before, skip)
         return found
 
@@ -140,7 +148,8 @@ class Replay:
         """
         if name == RESIDUAL:
             rows = self._table_rows(slice(span.start, span.stop))
-            return in_format(rows, dict(dialect.formats).get("stored", "exact"))
+            formats = dict(dialect.formats)
+            return in_format(rows, formats.get("table", formats.get("stored", "exact")))
         skip = skip | dialect.skips
         if dialect.flash and name == "attention":
             q = self._rows("q_post_rope", span, skip, dialect)
@@ -158,10 +167,16 @@ class Replay:
         if stage.positioned:
             rows = span.stop - span.start
             position = (span.start,) if stage.sliced else (np.full(rows, span.start),)
-        return in_format(self._computed(stage, given, position, dialect), dialect.result)
+        return self._rounded(name, self._computed(stage, given, position, dialect), dialect.result)
 
     def floor(
-        self, name: str, skip: Skip = NOTHING, *, dialect: Dialect = EXACT, held_in: str = "exact"
+        self,
+        name: str,
+        skip: Skip = NOTHING,
+        *,
+        dialect: Dialect = EXACT,
+        held_in: str = "exact",
+        operands: str = "exact",
     ) -> Errors:
         """Return the errors that are normal for a stage that is computed from what is held.
 
@@ -170,8 +185,9 @@ class Replay:
             skip: Whose dumps are not read.
             dialect: How results are rounded.
             held_in: The format that dumps were rounded to after the engine used their values.
+            operands: The format that operands of products are rounded to.
         """
-        normal = _Normal(skip | dialect.skips, dialect.result, held_in)
+        normal = _Normal(skip | dialect.skips, dialect.result, held_in, operands)
         if name == RESIDUAL:
             stage, runs = EMBEDDING, self._entered()
         elif dialect.minus_bias:
@@ -180,7 +196,7 @@ class Replay:
         else:
             stage = BY_NAME[name]
             runs = self._computed_runs(stage, normal)
-        draws = [in_format(draw, dialect.result) for draw in runs.draws]
+        draws = [self._rounded(name, draw, dialect.result) for draw in runs.draws]
         if dialect.minus_bias:
             bias = self._bias(dialect)
             runs = runs._replace(value=runs.value - bias)
@@ -204,20 +220,31 @@ class Replay:
         """Of the tokens that floors are of."""
         return self._positions.tolist()
 
-    def _complete(self, name: str, skip: Skip) -> bool:
-        return name in self.held and name not in skip and self.held[name].first == 0
+    def _holds(self, name: str, skip: Skip) -> bool:
+        return name in self.held and name not in skip
+
+    def _suffices(self, name: str, keyed: bool, skip: Skip) -> bool:
+        """Return whether a dump has the tokens that are needed: of keys all of them."""
+        return self._holds(name, skip) and not (keyed and self.held[name].first)
 
     def _rows(self, name: str, span: Span, skip: Skip, dialect: Dialect) -> np.ndarray:
-        held = self.held.get(name)
-        if held is not None and name not in skip and held.first <= span.start:
+        """Return what is held of a stage, for other tokens what it is computed from."""
+        held = self.held[name] if self._holds(name, skip) else None
+        if held is not None and held.first <= span.start:
             return held.rows(span.start, span.stop)
         key = name, span, skip, dialect.on_the_way
-        if key in self._known:
-            return self._known[key]
-        values = self.compute(name, span, skip, dialect.on_the_way)
-        if len(self.spans) == 1:  # of a long prompt, little is held at a time
+        if key not in self._known:
+            if held is None or self.can(name, skip):
+                values = self.compute(name, span, skip, dialect.on_the_way)
+            else:  # of other tokens nothing is asked
+                values = np.zeros(held.rows(held.first, held.first + 1).shape)
+                values = values.repeat(span.stop - span.start, axis=held.stage.axes.index("T"))
+            if held is not None and held.first < span.stop:
+                values = _with_rows(values, held, span.start, held.rows(held.first, span.stop))
+            if len(self.spans) > 1:  # of a long prompt, little is held at a time
+                return values
             self._known[key] = values
-        return values
+        return self._known[key]
 
     def _keys(self, name: str, skip: Skip, dialect: Dialect) -> np.ndarray:
         """Return what queries look at: of qkv_bias v alone, [T, K*H]; of k_post_rope all."""
@@ -230,6 +257,21 @@ class Replay:
             ]
             self._known[key] = np.concatenate(parts)
         return self._known[key]
+
+    def _rounded(self, name: str, values: np.ndarray, narrow: str) -> np.ndarray:
+        """Round a stage as the engine has it, which may be scaled otherwise than ours."""
+        factor = self.held[name].factor if name in self.held else 1.0
+        return in_format(values / factor, narrow) * factor
+
+    def weights_may_be(self, name: str, skip: Skip) -> list[Formats]:
+        """Return how an engine may hold weights: as they are, or rounded; or the table alone."""
+        narrower = NARROWER.get(np.dtype(self._weights.norm.dtype).name, ())
+        found: list[Formats] = [()]
+        if self._weighted:
+            found += [(("stored", narrow),) for narrow in narrower]
+        if RESIDUAL in self.bridges(name, skip) | {name}:
+            found += [(("table", narrow),) for narrow in narrower]
+        return found
 
     def output_fits(self, narrow: str) -> bool:
         """Return whether qkv_matmul with the bias is rounded to a format, as far as is held."""
@@ -266,19 +308,28 @@ class Replay:
         key = dialect.formats
         if key not in self._layers:
             formats = {point: of for point, of in dialect.formats if of in FORMATS}
+            formats.pop("table", None)
             precision = Precision("float64", {"stored": "exact", **formats})
             self._layers[key] = Attention(self.config, self._weights, precision)
         return self._layers[key]
 
     def _run(self, name: str, normal: "_Normal") -> Runs:
         if (name, normal) not in self._runs:
-            if self._complete(name, normal.skip):
+            held = self.held[name] if self._holds(name, normal.skip) else None
+            if held is not None and not held.first:
                 runs = self._held_run(name, normal.held_in)
-            elif name == RESIDUAL:
+            elif name == RESIDUAL and self._entering is not None:
                 runs = self._entered()
-            else:
+            elif name != RESIDUAL and self.can(name, normal.skip):
                 value, draws = self._computed_runs(BY_NAME[name], normal)
                 runs = Runs(value, in_format(draws, normal.result))
+            else:
+                runs = self._held_run(name, normal.held_in)
+            if held is not None and held.first:
+                own = self._held_run(name, normal.held_in)
+                runs = Runs(
+                    *(_last_from(of, last, held) for of, last in zip(runs, own, strict=True))
+                )
             self._runs[name, normal] = runs
         return self._runs[name, normal]
 
@@ -292,12 +343,14 @@ class Replay:
         return self._entering[tokens].astype(np.float64)
 
     def _held_run(self, name: str, held_in: str) -> Runs:
-        value = self.held[name].at(self._positions)
-        value = np.where(np.isfinite(value), value, 0.0)
-        if held_in == "exact":
-            return Runs(value, np.stack([value] * self._draws))
-        unknown = generator(name, held_in).uniform(-0.5, 0.5, (self._draws, *value.shape))
-        return Runs(value, value + unknown * spacing(value, held_in))
+        held = self.held[name]
+        stored = held.stored.at(self._positions)
+        stored = np.where(np.isfinite(stored), stored, 0.0)
+        draws = np.stack([stored] * self._draws)
+        if held_in != "exact":
+            unknown = generator(name, held_in).uniform(-0.5, 0.5, draws.shape)
+            draws += unknown * spacing(stored, held_in)
+        return Runs(stored * held.factor, draws * held.factor)
 
     def _computed_runs(self, stage: Stage, normal: "_Normal") -> Runs:
         runs = [self._run(before, normal) for before in stage.computed_from]
@@ -307,10 +360,13 @@ class Replay:
             position = (0,) if stage.sliced else (shifts,)
         value = self._computed(stage, [run.value for run in runs], position, EXACT)
         added = self._roundoff.of(stage, [run.value for run in runs], value).float32
-        if all(np.array_equal(run.draws[0], run.value) for run in runs):
+        rounded = stage.name in OPERAND_POINTS and normal.operands != "exact"
+        if not rounded and all(np.array_equal(run.draws[0], run.value) for run in runs):
             return Runs(value, value + added)
+        point = ((OPERAND_POINTS[stage.name], normal.operands),) if rounded else ()
+        like = replace(EXACT, formats=point)
         draws = [
-            self._computed(stage, [run.draws[r] for run in runs], position, EXACT)
+            self._computed(stage, [run.draws[r] for run in runs], position, like)
             for r in range(self._draws)
         ]
         return Runs(value, np.stack(draws) + added)
@@ -322,6 +378,31 @@ class _Normal(NamedTuple):
     skip: Skip
     result: str
     held_in: str
+    operands: str
+
+
+def _inputs(name: str) -> Iterator[tuple[str, bool]]:
+    """Yield what a stage is computed from, and whether queries look at all its tokens."""
+    if name != RESIDUAL:
+        for at, before in enumerate(BY_NAME[name].computed_from):
+            yield before, at > 0
+
+
+def _with_rows(values: np.ndarray, held: Held, start: int, rows: np.ndarray) -> np.ndarray:
+    """Put what is held in the place of the last tokens."""
+    at = *([slice(None)] * held.stage.axes.index("T")), slice(held.first - start, None)
+    values = values.copy()
+    values[at] = rows
+    return values
+
+
+def _last_from(values: np.ndarray, own: np.ndarray, held: Held) -> np.ndarray:
+    """Take the last token of another array, [.., T, ..] or several of them, [R, .., T, ..]."""
+    axis = held.stage.axes.index("T") + values.ndim - len(held.stage.axes)
+    at = *([slice(None)] * axis), slice(-1, None)
+    values = values.copy()
+    values[at] = own[at]
+    return values
 
 
 def spacing(values: np.ndarray, narrow: str) -> np.ndarray:

@@ -138,6 +138,7 @@ def weighed(
     *,
     like: Dialect | None = None,
     held_in: str = "exact",
+    operands: str = "exact",
 ) -> Weighed:
     """Hold a stage to what is normal.
 
@@ -148,17 +149,14 @@ def weighed(
         dialect: How it is computed.
         like: How results are rounded in what is normal, if not as in `dialect`.
         held_in: The format that dumps were rounded to after the engine used their values.
+        operands: The format of operands of products in what is normal.
     """
     residual = residual_of(replay, name, skip, dialect)
-    floors = normal(replay, name, skip, like or dialect, held_in)
-    return Weighed(residual, floors, worst_of(residual.errors, _judged(residual, floors)))
-
-
-def normal(replay: Replay, name: str, skip: Skip, dialect: Dialect, held_in: str) -> Errors:
-    """Return what is normal of the tokens that are held."""
-    floors = replay.floor(name, skip, dialect=dialect, held_in=held_in)
+    floors = replay.floor(name, skip, dialect=like or dialect, held_in=held_in, operands=operands)
     floors = for_all_tokens(floors, replay.positions, replay.sizes["T"])
-    return for_last_token(floors) if replay.held[name].first else floors
+    if replay.held[name].first:
+        floors = for_last_token(floors)
+    return Weighed(residual, floors, worst_of(residual.errors, _judged(residual, floors)))
 
 
 def _judged(residual: Residual, floors: Errors) -> Errors:

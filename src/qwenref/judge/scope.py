@@ -41,17 +41,18 @@ def tokens_in(dumps: Sequence[Dump], sizes: Mapping[str, int] | None) -> int | N
 
 
 def fits(dumps: Sequence[Dump], sizes: Mapping[str, int], T: int) -> list[int]:
-    """Return how well files fit a number of tokens: 3, or less if just in part, for each that does.
-
-    It is 1 for the last query with padded keys: nearly everything may be that.
-    """
+    """Return how well each file that fits a number of tokens does: 3, or less if just in part."""
     ways = (
         next(arrangements(BY_NAME[name], sizes, T, [part.count for part in parts.values()]), None)
         for dump in dumps
         for (_, name), parts in dump.stages.items()
         if name in BY_NAME
     )
-    return [3 - (LAST in way.name) - (PADDED in way.name) for way in ways if way]
+    return [
+        3 - (LAST in way.name) - (PADDED in way.name)
+        for way in ways
+        if way and not (LAST in way.name and way.padding % PADDING)
+    ]
 
 
 def _lengths(dump: Dump, sizes: Mapping[str, int]) -> Iterator[int]:

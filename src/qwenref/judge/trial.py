@@ -121,6 +121,13 @@ class Trial:
                 standing.status = "blind"
                 standing.reason = "so much error is normal here that it hides all"
             return standing
+        if account.hidden:
+            standing.status = "blind"
+            between = ", ".join(of for of in CHAIN if of in self.replay.bridges(name, skip))
+            standing.reason = (
+                f"nothing explains it, but roundings in {between}, which cannot be read, might"
+            )
+            return standing
         wrong = self._dumped_wrong(name, skip)
         standing.status = "dumped_wrong" if wrong else "added"
         return standing
