@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
+from make_tiny_checkpoint import Shape, write
 
 README = (ROOT / "README.md").read_text()
 DIFF = (ROOT / "docs" / "diff.md").read_text()
+EXPLAIN = (ROOT / "docs" / "explain.md").read_text()
 TRANSCRIPT = r"```console\n\$ (.*)\n((?:.*\n)*?)```"
-CAPTURE, COMPARISON = re.findall(TRANSCRIPT, README)
+CAPTURE, COMPARISON, EXPLANATION = re.findall(TRANSCRIPT, README)
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -46,6 +48,21 @@ def test_diff_prints_what_the_docs_show_in_the_repository(
     for line, shown in lines:  # rounding, and where it is worst, is the machine's
         if line != shown and " agree " in line:
             line, shown = (text[:50] for text in (line, shown))
+        assert NUMBER.sub("", line).split() == NUMBER.sub("", shown).split()
+        numbers = [[float(n) for n in NUMBER.findall(text)] for text in (line, shown)]
+        assert numbers[0] == pytest.approx(numbers[1], rel=0.5)
+
+
+@pytest.mark.parametrize(("command", "expected"), [EXPLANATION, *re.findall(TRANSCRIPT, EXPLAIN)])
+def test_explain_prints_what_the_docs_show_in_the_repository(
+    command: str, expected: str, tmp_path: Path
+) -> None:
+    for name in ("tests", "weights"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write(tmp_path / "tiny256", Shape(256, 4, 2, 512, 2, 320, seed=26))
+    done = run(command, tmp_path)
+    assert (done.returncode, done.stderr) == (int("FAULT" in expected), "")
+    for line, shown in zip(done.stdout.splitlines(), expected.splitlines(), strict=True):
         assert NUMBER.sub("", line).split() == NUMBER.sub("", shown).split()
         numbers = [[float(n) for n in NUMBER.findall(text)] for text in (line, shown)]
         assert numbers[0] == pytest.approx(numbers[1], rel=0.5)

@@ -59,6 +59,10 @@ class Held:
             return self.way.name
         return f"{self.way.name}, {'before' if self.factor < 1 else 'after'} 1/sqrt(H)"
 
+    def any_nonfinite(self) -> bool:
+        """Return whether there is a NaN or an infinity, be it behind the mask."""
+        return not all(np.isfinite(each.values).all() for each in self.mapped)
+
     def masked_cells_are_used(self) -> bool:
         """Return whether there is something in cells that no query sees."""
         (view,) = self.way.views([each.values for each in self.mapped])

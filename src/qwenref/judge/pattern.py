@@ -1,13 +1,16 @@
 """Where in a stage an error sits, in words."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
+from qwenref.judge.dialects import EXACT, NARROW
+from qwenref.judge.precision_of import all_fit
 from qwenref.judge.replay import Replay, Skip
 from qwenref.judge.residual import Weighed, compared
-from qwenref.metrics import MARGIN, cells_of
+from qwenref.metrics import MARGIN, Errors, cells_of
 from qwenref.stages import Stage
 
 SMALL = 0.01
@@ -19,8 +22,13 @@ def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
     stage, sizes = found.residual.stage, replay.sizes
     held = replay.held[name]
     T, J, W = _shape(stage, found, sizes)
+    floors = [found.floors]
+    for narrow in NARROW:
+        if all_fit(replay, name, narrow):
+            like = replace(EXACT, result=narrow)
+            floors.append(replay.floor(name, skip, dialect=like, held_in=narrow))
     tokens, heads, columns = np.zeros(T, bool), np.zeros(J, bool), np.zeros((J, W), bool)
-    count, least = 0, _least(found)
+    count, least = 0, _least(found, floors)
     for first, truth, dumped in compared(replay, name, held, skip):
         bad = _bad(stage, truth, dumped, first, least, sizes)
         start = first - held.first
@@ -47,12 +55,12 @@ def _shape(stage: Stage, found: Weighed, sizes: dict[str, int]) -> tuple[int, in
     return T, J, sizes["T"] if stage.masked else sizes["D"] if "D" in stage.axes else sizes["H"]
 
 
-def _least(found: Weighed) -> tuple[np.ndarray, float, int]:
+def _least(found: Weighed, floors: Sequence[Errors]) -> tuple[np.ndarray, float, int]:
     """Return what differences count: by token and head, and those that are not small."""
     sums = found.residual.sums
     scale = np.sqrt(sums.scale.min(axis=0) / sums.cells)
     block = np.sqrt(sums.scale.min(axis=0).sum() / sums.cells.sum())
-    normal = MARGIN * (found.floors.element or 0.0)
+    normal = MARGIN * max(of.element or 0.0 for of in floors)
     largest = float(np.max(sums.largest, initial=0.0))
     return normal * np.maximum(scale, block), SMALL * largest, found.residual.first
 

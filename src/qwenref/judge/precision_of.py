@@ -19,8 +19,8 @@ from qwenref.judge.dialects import (
     with_weights,
 )
 from qwenref.judge.replay import NOTHING, Replay, Skip
-from qwenref.judge.residual import Weighed, residual_of, weighed
-from qwenref.metrics import MARGIN
+from qwenref.judge.residual import Residual, Weighed, residual_of, weighed
+from qwenref.metrics import MARGIN, Errors
 
 FLIPS = 0.15
 """Of the error before, so much may be left where an engine rounds what is in no dump: where that is
@@ -34,8 +34,10 @@ OPERANDS_OF_DUMPS = ("float16", "bfloat16")
 cannot be known what they were rounded to before: only how much error that makes.
 """
 
-FEW = 0.1
-"""Of the rows (a head of a token), so many may hold flips, where there are too few to average."""
+FEW, MOST = 0.1, 0.5
+"""Of the rows (a head of a token), so few may hold flips, where so many were off before: for dumps
+that are too small to average.
+"""
 
 
 class Choice(NamedTuple):
@@ -157,9 +159,15 @@ def _are_flips(replay: Replay, name: str, skip: Skip, left: Weighed) -> bool:
         return False
     if (after.errors.whole or 0.0) <= FLIPS * (before.errors.whole or 0.0):
         return True
-    normal = MARGIN * (left.floors.element or 0.0)
-    scale = np.sqrt(after.sums.scale.min(axis=0) / after.sums.cells)
-    return bool(np.mean(after.sums.largest > normal * np.maximum(scale, scale.mean())) <= FEW)
+    was, now = (_rows_off(of, left.floors) for of in (before, after))
+    return was >= MOST and now <= FEW
+
+
+def _rows_off(residual: Residual, floors: Errors) -> float:
+    """Return in how many of the rows, of all, a value is off by more than is normal."""
+    scale = np.sqrt(residual.sums.scale.min(axis=0) / residual.sums.cells)
+    normal = MARGIN * (floors.element or 0.0) * np.maximum(scale, scale.mean())
+    return float(np.mean(residual.sums.largest > normal))
 
 
 def _roundings(dialect: Dialect) -> tuple[int, int]:

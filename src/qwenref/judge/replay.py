@@ -167,7 +167,23 @@ class Replay:
         if stage.positioned:
             rows = span.stop - span.start
             position = (span.start,) if stage.sliced else (np.full(rows, span.start),)
-        return self._rounded(name, self._computed(stage, given, position, dialect), dialect.result)
+        values = self._computed(stage, given, position, dialect)
+        if name == "attention":
+            values = self._without_masked_nan(values, given, span.start)
+        return self._rounded(name, values, dialect.result)
+
+    def _without_masked_nan(
+        self, values: np.ndarray, given: Sequence[np.ndarray], first: int
+    ) -> np.ndarray:
+        """Return attention in which no NaN is 0 * NaN: a query does not see what is masked."""
+        softmax, v = given
+        if np.isfinite(v).all():
+            return values
+        seen = np.tril(np.ones_like(softmax), first)
+        stage = BY_NAME["attention"]
+        reached = self._computed(stage, [seen, (~np.isfinite(v)).astype(np.float64)], (), EXACT)
+        finite = self._computed(stage, [softmax, np.where(np.isfinite(v), v, 0.0)], (), EXACT)
+        return np.where(reached > 0, values, finite)
 
     def floor(
         self,
