@@ -26,11 +26,11 @@ from make_tiny_checkpoint import Shape, write
 from safetensors.numpy import load_file, save_file
 
 import qwenref
-from qwenref.judge.explanation import Explanation
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
 from qwenref.model.weights import AttentionWeights, read_attention, read_embedding
 from qwenref.stages import ATTENTION, BY_NAME
+from qwenref.trial.explanation import Explanation
 
 NAMES = [stage.name for stage in ATTENTION]
 VOCABULARY = 320

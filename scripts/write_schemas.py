@@ -10,9 +10,9 @@ from typing import Any
 import msgspec
 
 from qwenref.dumps.manifest import Manifest
-from qwenref.judge.explanation import Explanation
 from qwenref.judge.measurement import Measurement
 from qwenref.judge.result import Result, StageDiff
+from qwenref.trial.explanation import Explanation
 
 TYPES = {
     "manifest-v1": Manifest,

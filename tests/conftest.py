@@ -79,6 +79,14 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def dumps(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Dumps of many engines, of the same prompt and weights, by name: see `engines`."""
+    from engines import dumped_by_all  # imports torch
+
+    return dumped_by_all(tmp_path_factory.mktemp("engines"))
+
+
 @pytest.fixture
 def make_fifo() -> Iterator[Callable[[Path], None]]:
     """Make FIFOs that nobody writes to, and fail if somebody waits for one all the same.

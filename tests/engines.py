@@ -6,6 +6,8 @@ from pathlib import Path
 import capture_hf
 from helpers import ROOT, TINY
 
+from qwenref.capture import capture
+from qwenref.judge.floors import PRECISIONS
 from qwenref.model.tokens import DEFAULT_PROMPT
 
 DATA = ROOT / "tests" / "data"
@@ -23,3 +25,12 @@ def captured_from_hf(
     more = {"dtype": dtype, "layout": layout, "layers": layers, "output": output}
     capture_hf.capture(Namespace(**options, **more))
     return output
+
+
+def dumped_by_all(folder: Path) -> Dumps:
+    """Return ours, those of transformers in three dtypes and two layouts, and all of tests/data."""
+    capture(TINY, folder / "ours")
+    for dtype in PRECISIONS:
+        for layout in ("apr", "hf"):
+            captured_from_hf(folder / f"hf-{dtype}-{layout}", dtype=dtype, layout=layout)
+    return {path.name: path for path in (*folder.iterdir(), *DATA.iterdir())}

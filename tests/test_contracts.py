@@ -13,16 +13,16 @@ from write_schemas import CONTRACTS, schemas
 
 from qwenref.dumps import aprt
 from qwenref.files import parse_json
-from qwenref.judge import explanation
-from qwenref.judge.dialects import BLOCKS, FLOATING
 from qwenref.judge.distance import LEAST_VALUES, MASKED
 from qwenref.judge.floors import BLIND, GENERIC_FILE, PRECISIONS, Generic
-from qwenref.judge.recovery import ALIKE, AS_GOOD
 from qwenref.judge.result import Status
-from qwenref.judge.weight_noise import FOLLOWS, HALF, MOST, PARALLEL, STANDS_OUT, TELLING, UNEVEN
 from qwenref.metrics import MARGIN
 from qwenref.noise import CLASSES, DUMPED, MOST_TOKENS, WINDOW
 from qwenref.stages import ATTENTION, BY_NAME, RESIDUAL
+from qwenref.trial import explanation
+from qwenref.trial.dialects import BLOCKS, FLOATING
+from qwenref.trial.recovery import ALIKE, AS_GOOD
+from qwenref.trial.weight_noise import FOLLOWS, HALF, MOST, PARALLEL, STANDS_OUT, TELLING, UNEVEN
 
 CONTRACT_FILES = sorted(CONTRACTS.glob("*.yaml"))
 GENERIC = parse_json(GENERIC_FILE, GENERIC_FILE.read_bytes(), Generic)

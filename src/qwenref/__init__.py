@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from qwenref.dumps.aprt import write_aprt as write_aprt
     from qwenref.judge.diff import assert_stages_close as assert_stages_close
     from qwenref.judge.diff import diff as diff
-    from qwenref.judge.explain import explain as explain
     from qwenref.oracle import Stages as Stages
     from qwenref.oracle import run as run
+    from qwenref.trial.explain import explain as explain
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,7 +35,7 @@ _HOMES = {
     "Stages": "qwenref.oracle",
     "assert_stages_close": "qwenref.judge.diff",
     "diff": "qwenref.judge.diff",
-    "explain": "qwenref.judge.explain",
+    "explain": "qwenref.trial.explain",
     "read_aprt": "qwenref.dumps.aprt",
     "run": "qwenref.oracle",
     "write_aprt": "qwenref.dumps.aprt",

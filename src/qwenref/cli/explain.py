@@ -55,10 +55,10 @@ def explain(
     prepare_for_jax(device)
     with Interrupts() as interrupts:
         # not interrupted: an exception in the midst of an import may be lost, or crash it
-        from qwenref.judge import explain as explaining
-        from qwenref.judge.words import last_lines, report
         from qwenref.model.tokens import parse_tokens
         from qwenref.stages import parse_layers
+        from qwenref.trial import explain as explaining
+        from qwenref.trial.words import last_lines, report
 
         with interrupts.let_through():
             layer, *others = parse_layers(layers)

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from qwenref.judge.explanation import Check
-from qwenref.judge.held import Held
 from qwenref.metrics import finite
+from qwenref.trial.explanation import Check
+from qwenref.trial.held import Held
 
 ROUNDED = 2.0**-6
 """Relative: eight roundings to bfloat16, half a unit in the last place each. Coarser than the

@@ -12,10 +12,10 @@ import numpy as np
 
 from qwenref.judge.alignment import Side
 from qwenref.judge.floors import BLIND
-from qwenref.judge.held import Held
-from qwenref.judge.replay import Replay
-from qwenref.judge.residual import compared, row_of
 from qwenref.stages import Stage
+from qwenref.trial.held import Held
+from qwenref.trial.replay import NOTHING, Replay, Skip
+from qwenref.trial.residual import compared, row_of
 
 CLEARLY = 0.5
 """Of two orders, the one with at most this part of the other's error is meant. Wrong orders of
@@ -47,9 +47,10 @@ def readings(stage: Stage, side: Side, sizes: Mapping[str, int]) -> list[Held]:
     return found
 
 
-def lay_out(replay: Replay, name: str, ways: Sequence[Held]) -> None:
+def lay_out(replay: Replay, name: str, ways: Sequence[Held], skip: Skip = NOTHING) -> None:
     """Let a replay hold a stage as it is meant, as far as what it is computed from can tell."""
-    errors = [_error(replay, name, way) for way in ways] if replay.can(name) else []
+    known = replay.can(name, skip)
+    errors = [_error(replay, name, way, skip) for way in ways] if known else []
     if not errors:
         replay.hold(name, ways[0])
         return
@@ -77,13 +78,13 @@ def lay_out_by_consumers(
     replay.hold(name, alike[0] if alike else before)
 
 
-def _error(replay: Replay, name: str, way: Held) -> float:
+def _error(replay: Replay, name: str, way: Held, skip: Skip = NOTHING) -> float:
     """Return the relative L2 of a stage, read in one way; what is not finite is off by the rms."""
     stage = row_of(name)
     off = of = 0.0
     ends = [*dict.fromkeys((replay.spans[0], replay.spans[-1]))]
     with np.errstate(invalid="ignore", over="ignore"):
-        for first, truth, dumped in compared(replay, name, way, spans=ends):
+        for first, truth, dumped in compared(replay, name, way, skip, spans=ends):
             if stage.masked:
                 truth, dumped = np.tril(truth, first), np.tril(dumped, first)
             finite = np.isfinite(truth) & np.isfinite(dumped)

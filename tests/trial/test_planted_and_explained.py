@@ -24,12 +24,12 @@ from make_tiny_checkpoint import Shape, write
 
 import qwenref
 from qwenref.dumps.manifest import Noise
-from qwenref.judge.explanation import Explanation, StageExplained
 from qwenref.metrics import MARGIN, errors_of, for_all_tokens, sums_of, worst_of
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.weights import read_attention, read_embedding
 from qwenref.noise import noise_floor
 from qwenref.stages import ATTENTION, BY_NAME, RESIDUAL, Stage
+from qwenref.trial.explanation import Explanation, StageExplained
 
 CHAIN = [stage.name for stage in ATTENTION]
 MASKED = ("attn_scores", "attn_softmax")

@@ -4,8 +4,12 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from qwenref.judge.dialects import NARROW
-from qwenref.judge.explanation import (
+from qwenref.judge.floors import for_last_token, generic_floors
+from qwenref.metrics import MARGIN, finite, worst_of
+from qwenref.stages import EMBEDDING, RESIDUAL
+from qwenref.trial.blame import CHAIN, Standing, Trial
+from qwenref.trial.dialects import NARROW
+from qwenref.trial.explanation import (
     Check,
     DialectFound,
     StageExplained,
@@ -13,13 +17,9 @@ from qwenref.judge.explanation import (
     WeightNoise,
     WorstSlice,
 )
-from qwenref.judge.floors import for_last_token, generic_floors
-from qwenref.judge.pattern import pattern_of
-from qwenref.judge.precision_of import all_fit
-from qwenref.judge.residual import residual_of
-from qwenref.judge.trial import CHAIN, Standing, Trial
-from qwenref.metrics import MARGIN, finite, worst_of
-from qwenref.stages import EMBEDDING, RESIDUAL
+from qwenref.trial.pattern import pattern_of
+from qwenref.trial.precision import all_fit
+from qwenref.trial.residual import residual_of
 
 WRONG = ("added", "dumped_wrong")
 

@@ -8,7 +8,15 @@ import jax
 import numpy as np
 
 from qwenref.chain import Span, spans_of
-from qwenref.judge.dialects import (
+from qwenref.metrics import Errors, floors_of, sums_of
+from qwenref.model.attention import Attention
+from qwenref.model.config import Config
+from qwenref.model.precision import FORMATS, Precision
+from qwenref.model.roundoff import Roundoff, generator
+from qwenref.model.weights import AttentionWeights
+from qwenref.noise import LEAST_ROWS, MOST_TOKENS, sampled
+from qwenref.stages import BY_NAME, EMBEDDING, RESIDUAL, Stage
+from qwenref.trial.dialects import (
     BLOCKS,
     EXACT,
     OPERAND_POINTS,
@@ -18,15 +26,7 @@ from qwenref.judge.dialects import (
     in_format,
     minus_bias,
 )
-from qwenref.judge.held import Held
-from qwenref.metrics import Errors, floors_of, sums_of
-from qwenref.model.attention import Attention
-from qwenref.model.config import Config
-from qwenref.model.precision import FORMATS, Precision
-from qwenref.model.roundoff import Roundoff, generator
-from qwenref.model.weights import AttentionWeights
-from qwenref.noise import LEAST_ROWS, MOST_TOKENS, sampled
-from qwenref.stages import BY_NAME, EMBEDDING, RESIDUAL, Stage
+from qwenref.trial.held import Held
 
 ROWS = MOST_TOKENS
 """Tokens computed at a time: as many as floors look at, which shares compiled programs."""
@@ -63,6 +63,7 @@ class Replay:
     Attributes:
         held: What the engine dumped, by the name of the stage; `RESIDUAL` for what enters.
         spans: Tokens that are computed at a time.
+        proven: Of a stage and a format, whether the engine goes on with what it has rounded to it.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Replay:
         self._weights = jax.device_put(weights or none)  # once, for every rounding
         self.sizes = config.sizes | {"T": T, "S": T}
         self.held: dict[str, Held] = {}
+        self.proven: dict[tuple[str, str], bool] = {}
         self.spans = spans_of(0, T, ROWS)
         self._entering = entering
         self._layers: dict[Formats, Attention] = {}
@@ -105,6 +107,7 @@ class Replay:
     def hold(self, name: str, held: Held) -> None:
         """Take a dump of a stage, or another reading of it."""
         self.held[name] = held
+        self.proven.clear()
         self._known.clear()
         self._runs.clear()
         self._known.clear()

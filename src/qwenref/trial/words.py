@@ -3,8 +3,8 @@
 from collections.abc import Iterator, Sequence
 
 from qwenref.errors import printable
-from qwenref.judge.explanation import Explanation, StageExplained, Verdict
-from qwenref.judge.recovery import in_words
+from qwenref.trial.explanation import Explanation, StageExplained, Verdict
+from qwenref.trial.recovery import in_words
 
 ORIGIN = ("added", "dumped_wrong")
 CARRIED = ("agree", "inherited")

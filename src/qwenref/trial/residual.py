@@ -8,10 +8,7 @@ import msgspec
 import numpy as np
 
 from qwenref.chain import Span
-from qwenref.judge.dialects import EXACT, Dialect
 from qwenref.judge.floors import BLIND, for_last_token, seeing
-from qwenref.judge.held import Held
-from qwenref.judge.replay import NOTHING, Replay, Skip
 from qwenref.metrics import (
     MARGIN,
     Errors,
@@ -24,6 +21,9 @@ from qwenref.metrics import (
     worst_of,
 )
 from qwenref.stages import BY_NAME, EMBEDDING, RESIDUAL, Stage
+from qwenref.trial.dialects import EXACT, Dialect
+from qwenref.trial.held import Held
+from qwenref.trial.replay import NOTHING, Replay, Skip
 
 SPREADING = ("attn_softmax", "attention")
 """Stages in which a NaN behind the mask may reach every query, or none: it depends on how an engine
@@ -69,8 +69,8 @@ class Weighed(NamedTuple):
     @property
     def agrees(self) -> bool:
         """Whether the residual is normal."""
-        if self.residual.contradictions:
-            return False
+        if self.residual.contradictions or self.residual.errors.whole is None:
+            return False  # nothing is as far off as something from zero
         return self.but_for_flips or self.worst is None or self.worst.ratio <= MARGIN
 
     @property

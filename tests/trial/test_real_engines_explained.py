@@ -12,10 +12,10 @@ from helpers import TINY, Tensors, change_tensors
 from make_tiny_checkpoint import Shape, write
 
 import qwenref
-from qwenref.judge.explanation import Explanation, StageExplained
-from qwenref.judge.words import report
 from qwenref.metrics import MARGIN
 from qwenref.stages import ATTENTION
+from qwenref.trial.explanation import Explanation, StageExplained
+from qwenref.trial.words import report
 
 CHAIN = [stage.name for stage in ATTENTION]
 PROJECTIONS = ("qkv_matmul", "attn_out")

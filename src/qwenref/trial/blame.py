@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qwenref.judge.explanation import Status
-from qwenref.judge.held import Held
-from qwenref.judge.laying_out import CLEARLY, lay_out, lay_out_by_consumers
-from qwenref.judge.precision_of import Account, account_of
-from qwenref.judge.replay import NOTHING, Replay, Skip
-from qwenref.judge.residual import compared
-from qwenref.judge.weight_noise import weight_noise
 from qwenref.stages import ATTENTION, RESIDUAL
+from qwenref.trial.explanation import Status
+from qwenref.trial.held import Held
+from qwenref.trial.laying_out import CLEARLY, lay_out, lay_out_by_consumers
+from qwenref.trial.precision import Account, account_of
+from qwenref.trial.replay import NOTHING, Replay, Skip
+from qwenref.trial.residual import compared
+from qwenref.trial.weight_noise import weight_noise
 
 CHAIN = (RESIDUAL, *(stage.name for stage in ATTENTION))
 """What enters the layer, and the nine."""
@@ -67,7 +67,7 @@ class Trial:
             leaving: The stream after attn_out was added to it, if that was dumped.
             exact_weights: Whether rounded weights are a fault.
         """
-        self._leaving = leaving
+        self._leaving, self._ways = leaving, ways
         self.replay = replay
         self.standings = {name: Standing(name) for name in CHAIN}
         self._exact_weights = exact_weights
@@ -87,6 +87,16 @@ class Trial:
                 self.standings[name] = standing = self._stand(name, distrusted)
                 if standing.status == "dumped_wrong":
                     distrusted |= {name}
+                    self._lay_out_after(name, distrusted)
+
+    def _lay_out_after(self, name: str, distrusted: Skip) -> None:
+        """Lay out again what a wrong file may have misled about."""
+        for after in CHAIN[CHAIN.index(name) + 1 :]:
+            if len(self._ways.get(after, ())) > 1:
+                before = self.replay.held[after]
+                lay_out(self.replay, after, self._ways[after], distrusted)
+                if self.replay.held[after] is not before:
+                    self._known.clear()
 
     def consumers(self, name: str, skip: Skip = NOTHING) -> list[str]:
         """Return the dumped stages that are computed from a dump, directly or over a bridge."""
@@ -94,6 +104,7 @@ class Trial:
             after
             for after in CHAIN
             if after in self.replay.held
+            and after not in skip
             and self.replay.can(after, skip)
             and name in self.replay.reads(after, skip)
         ]
@@ -134,23 +145,35 @@ class Trial:
 
     def _dumped_wrong(self, name: str, skip: Skip) -> bool:
         """Return whether a wrong file was not what the engine went on with."""
-        passed_over = skip | {name}
-        cleared = name == "attn_out" and self._was_not_added(skip)
+        if name == "attn_out":
+            return self._was_not_added(skip)
+        return self._evidence(name, skip) > 0
+
+    def _evidence(self, name: str, skip: Skip) -> int:
+        """Return whether what was computed from a dump speaks against it: 1, for it: -1, or 0.
+
+        If a consumer is wrong in any case, those are asked that were computed from that one.
+        """
+        against = 0
         for after in self.consumers(name, skip):
-            if not self.replay.can(after, passed_over):
+            if not self.replay.can(after, skip | {name}):
                 continue
-            from_dump, without = self._support(after, skip, name), self._support(after, passed_over)
-            if from_dump > without:
-                return False
-            cleared |= without > from_dump
-        return cleared
+            from_dump = self._support(after, skip, name)
+            without = self._support(after, skip | {name})
+            found = (without > from_dump) - (without < from_dump)
+            if not without and not from_dump:
+                found = self._evidence(name, skip | {after})
+            if found < 0:
+                return found
+            against = max(against, found)
+        return against
 
     def _support(self, name: str, skip: Skip, of: str = "") -> int:
         """Return how well a stage follows: 2 in some precision, 1 but for rounded weights, else 0.
 
         It does not speak for a dump that is passed over to explain it.
         """
-        account, bits = self._account(name, skip)
+        account, bits = self._account(name, skip, again=True)
         if any(of in choice.dialect.skips for choice in account.choices):
             return 0
         return 2 if account.agrees else int(bits is not None)
@@ -172,10 +195,23 @@ class Trial:
     def _right(self, name: str, skip: Skip) -> bool:
         return self._account(name, skip)[1] is not None
 
-    def _account(self, name: str, skip: Skip) -> tuple[Account, dict[str, float] | None]:
-        """Return how a stage was computed, and the bits of rounded weights; None if it is wrong."""
+    def _account(
+        self, name: str, skip: Skip, *, again: bool = False
+    ) -> tuple[Account, dict[str, float] | None]:
+        """Return how a stage was computed, and the bits of rounded weights; None if it is wrong.
+
+        Args:
+            name: The stage.
+            skip: Whose dumps are passed over.
+            again: Whether it is laid out again, since a dump that is passed over may have misled.
+        """
         if (name, skip) not in self._known:
+            before = self.replay.held[name]
+            if again and skip and len(self._ways[name]) > 1:
+                lay_out(self.replay, name, self._ways[name], skip)
             account = account_of(self.replay, name, skip)
+            if self.replay.held[name] is not before:
+                self.replay.hold(name, before)
             bits: dict[str, float] | None = {} if account.agrees else None
             if bits is None and not account.weighed.residual.contradictions:
                 noise = weight_noise(self.replay, name, skip, account.added.floors)

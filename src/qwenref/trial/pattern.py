@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import numpy as np
 
-from qwenref.judge.dialects import EXACT, NARROW
-from qwenref.judge.precision_of import all_fit
-from qwenref.judge.replay import Replay, Skip
-from qwenref.judge.residual import Weighed, compared
 from qwenref.metrics import MARGIN, Errors, cells_of
 from qwenref.stages import Stage
+from qwenref.trial.dialects import EXACT, NARROW
+from qwenref.trial.precision import all_fit
+from qwenref.trial.replay import Replay, Skip
+from qwenref.trial.residual import Weighed, compared
 
 SMALL = 0.01
 """Of the largest difference: a smaller one does not count beside it."""
@@ -43,6 +43,8 @@ def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
         token = int(np.flatnonzero(tokens)[0]) + held.first
         where = [f"token {token}", *_head(stage, sizes, [head], J), _cells(stage, [cell])]
         return f"one element: {', '.join(where)}"
+    if 2 * count < np.count_nonzero(tokens) * np.count_nonzero(columns) and not _few(tokens, heads):
+        return "here and there"
     words = [
         *_tokens(tokens, held.first),
         *_places(stage, sizes, heads, columns),
@@ -87,32 +89,45 @@ def _bad(
 
 
 def _tokens(tokens: np.ndarray, first: int) -> Iterator[str]:
+    """Say which tokens, unless it is most of them, here and there."""
     T, bad = len(tokens), (np.flatnonzero(tokens) + first).tolist()
+    good = (np.flatnonzero(~tokens) + first).tolist()
     if len(bad) == T:
         return
-    good = (np.flatnonzero(~tokens) + first).tolist()
-    if len(good) == 1 and T > 2:
-        yield f"all but token {good[0]}"
+    if good == [first] and T > 2:
+        yield f"all but token {first}"
     elif len(bad) > 1 and bad == [*range(bad[0], T + first)]:
         yield f"from position {bad[0]} on"
-    else:
+    elif 2 * len(bad) <= T or _is_range(bad):
         yield f"token{'s' * (len(bad) > 1)} {ranges(bad)}"
 
 
 def _places(
     stage: Stage, sizes: dict[str, int], heads: np.ndarray, columns: np.ndarray
 ) -> Iterator[str]:
+    """Say which heads and channels, unless it is most of them, here and there."""
     J, W = columns.shape
     bad = np.flatnonzero(heads).tolist()
     cells = np.flatnonzero(columns.any(axis=0)).tolist()
     if len(cells) < W and len(bad) > 1 and not stage.masked:
-        flat = np.flatnonzero(columns.reshape(-1))
-        if len(flat) < len(bad) * len(cells) and flat[-1] - flat[0] + 1 == len(flat):
+        flat = np.flatnonzero(columns.reshape(-1)).tolist()
+        if len(flat) < len(bad) * len(cells) and _is_range(flat):
             yield f"columns {flat[0]}..{flat[-1]} of {J * W}"
             return
-    yield from _head(stage, sizes, bad, J)
-    if len(cells) < W and not (stage.masked and len(cells) > W // 2):
+    if stage.blocks or 2 * len(bad) <= J or _is_range(bad):
+        yield from _head(stage, sizes, bad, J)
+    seen_by_all = stage.masked and cells[0] == 0  # earlier keys are those of all queries
+    if len(cells) < W and (2 * len(cells) <= W or (_is_range(cells) and not seen_by_all)):
         yield _cells(stage, cells) + (" of every head" if len(bad) == J > 1 else "")
+
+
+def _few(*of: np.ndarray) -> bool:
+    """Return whether an error sits in less than half of the tokens, or of the heads."""
+    return any(2 * np.count_nonzero(each) < len(each) for each in of)
+
+
+def _is_range(numbers: Sequence[int]) -> bool:
+    return numbers[-1] - numbers[0] + 1 == len(numbers)
 
 
 def _head(stage: Stage, sizes: dict[str, int], heads: Sequence[int], J: int) -> Iterator[str]:

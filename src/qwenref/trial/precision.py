@@ -6,7 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qwenref.judge.dialects import (
+from qwenref.metrics import MARGIN, Errors
+from qwenref.stages import RESIDUAL
+from qwenref.trial.dialects import (
     EXACT,
     NARROW,
     Dialect,
@@ -18,9 +20,8 @@ from qwenref.judge.dialects import (
     with_operands,
     with_weights,
 )
-from qwenref.judge.replay import NOTHING, Replay, Skip
-from qwenref.judge.residual import Residual, Weighed, residual_of, weighed
-from qwenref.metrics import MARGIN, Errors
+from qwenref.trial.replay import NOTHING, Replay, Skip
+from qwenref.trial.residual import Residual, Weighed, residual_of, weighed
 
 FLIPS = 0.15
 """Of the error before, so much may be left where an engine rounds what is in no dump: where that is
@@ -103,7 +104,13 @@ def _results(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
         for tried in _ways_to_round(replay, name, skip, narrow):
             tried = [with_weights(of, weights) for of in tried]
             found = [(of, weighed(replay, name, skip, of)) for of in tried]
-            agreeing = [one for one in found if one[1].agrees]
+            agreeing = [
+                one
+                for one in found
+                if one[1].agrees
+                # what is normal of a difference is much; but all of it can be executed
+                and (not one[0].minus_bias or _are_flips(replay, name, skip, one[1]))
+            ]
             if agreeing:
                 least = min(map(_left, agreeing))
                 return [one for one in agreeing if _left(one) <= least]
@@ -204,6 +211,8 @@ def _rounded_dumps(replay: Replay, name: str, skip: Skip, weights: Formats) -> _
     for narrow in NARROW:
         if not read or not all(all_fit(replay, each, narrow) for each in read):
             continue
+        if _uses_what_it_rounds(replay, name, narrow):
+            continue
         result = narrow if all_fit(replay, name, narrow) else "exact"
         dialect = Dialect(
             f"dump-{narrow}", f"dumps rounded to {narrow} when written", result=result
@@ -214,6 +223,30 @@ def _rounded_dumps(replay: Replay, name: str, skip: Skip, weights: Formats) -> _
             if one.agrees:
                 return [(with_weights(with_operands(dialect, operands), weights), one)]
     return []
+
+
+def _uses_what_it_rounds(replay: Replay, name: str, narrow: str) -> bool:
+    """Return whether another stage proves that the engine goes on with what it has rounded.
+
+    It follows from rounded inputs so closely as it cannot if they were other values before.
+    """
+    for other in replay.held:
+        if other in (name, RESIDUAL) or not all_fit(replay, other, narrow):
+            continue
+        if not replay.can(other) or not replay.reads(other):
+            continue
+        if (other, narrow) not in replay.proven:
+            bridges = replay.bridges(other)
+            ways = result_dialects(other, bridges, narrow, stored=True)
+            exact = residual_of(replay, other).errors.whole
+            left = [residual_of(replay, other, dialect=of).errors.whole for of in ways]
+            limit = FLIPS * (exact or 0.0)
+            replay.proven[other, narrow] = bool(limit) and any(
+                of is not None and of <= limit for of in left
+            )
+        if replay.proven[other, narrow]:
+            return True
+    return False
 
 
 def all_fit(replay: Replay, name: str, narrow: str) -> bool:

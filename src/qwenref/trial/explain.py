@@ -11,23 +11,23 @@ from qwenref.dumps.naming import names_from
 from qwenref.dumps.reading import Dump, Source, read_dump
 from qwenref.errors import QwenrefError
 from qwenref.judge.alignment import side_of
-from qwenref.judge.checks import checks
-from qwenref.judge.explanation import Explanation
-from qwenref.judge.findings import WRONG, explained_stages, weight_noise_of
-from qwenref.judge.held import Held
-from qwenref.judge.laying_out import readings
-from qwenref.judge.recovery import in_words, recovered_tokens, without_weight
-from qwenref.judge.replay import Replay
-from qwenref.judge.residual import row_of
 from qwenref.judge.scope import fits, tokens_in
-from qwenref.judge.trial import CHAIN, Trial
-from qwenref.judge.words import summary_of, verdict_of
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
 from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
 from qwenref.model.weights import AttentionWeights, check_tensors, read_attention, read_embedding
 from qwenref.oracle import computing, whole_numbers
 from qwenref.stages import ATTENTION, EMBEDDING, RESIDUAL
+from qwenref.trial.blame import CHAIN, Trial
+from qwenref.trial.checks import checks
+from qwenref.trial.explanation import Explanation
+from qwenref.trial.findings import WRONG, explained_stages, weight_noise_of
+from qwenref.trial.held import Held
+from qwenref.trial.laying_out import readings
+from qwenref.trial.recovery import in_words, recovered_tokens, without_weight
+from qwenref.trial.replay import Replay
+from qwenref.trial.residual import row_of
+from qwenref.trial.words import summary_of, verdict_of
 
 ENTERING = "post_ffn_residual"
 """What apr calls the stream that leaves a layer, and enters the next one."""
