@@ -22,7 +22,16 @@ from qwenref.stages import ATTENTION, BY_NAME, RESIDUAL
 from qwenref.trial import explanation
 from qwenref.trial.dialects import BLOCKS, FLOATING
 from qwenref.trial.recovery import ALIKE, AS_GOOD
-from qwenref.trial.weight_noise import FOLLOWS, HALF, MOST, PARALLEL, STANDS_OUT, TELLING, UNEVEN
+from qwenref.trial.weight_noise import (
+    FOLLOWS,
+    FREE,
+    HALF,
+    MOST,
+    PARALLEL,
+    STANDS_OUT,
+    TELLING,
+    UNEVEN,
+)
 
 CONTRACT_FILES = sorted(CONTRACTS.glob("*.yaml"))
 GENERIC = parse_json(GENERIC_FILE, GENERIC_FILE.read_bytes(), Generic)
@@ -121,8 +130,8 @@ def test_the_rules_of_comparing_are_those_in_code() -> None:
 def test_the_rules_of_explaining_are_those_in_code() -> None:
     equations = load("explain-v1.yaml")["equations"]
     noise = equations["weight_noise"]["formula"]
-    for limit in (MOST, STANDS_OUT, FOLLOWS, PARALLEL, HALF, TELLING, UNEVEN):
-        assert re.search(rf"(<=|>|factor) {limit:g}\b", noise)
+    for limit in (MOST, STANDS_OUT, FREE, FOLLOWS, PARALLEL, HALF, TELLING, UNEVEN):
+        assert re.search(rf"(<=|>|factor|above) {limit:g}\b", noise)
     recovered = equations["tokens_recovered"]["formula"]
     assert f"within {AS_GOOD:.0e}".replace("e-0", "e-") in recovered
     assert f"below {ALIKE:g}" in recovered

@@ -606,8 +606,6 @@ HARD = (
     "attn_norm: one inf, goes on [float32, apr, files, masks by zero]",
     "qkv_bias: tile 2..9 of every head zero, file alone [float32, hf, files]",
     "qkv_bias: tile 2..9 of every head zero, file alone [float32, hf]",
-    "q_post_rope: it is k_post_rope, file alone; k_post_rope: it is q_post_rope, file alone "
-    "[float32, hf, equal-heads]",
     # NaN behind the mask
     "qkv_bias: one nan of head 8, goes on [float32, hf]",
     "k_post_rope: one nan of head 1, goes on [float32, hf, masks by add]",

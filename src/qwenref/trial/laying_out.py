@@ -12,6 +12,7 @@ import numpy as np
 
 from qwenref.judge.alignment import Side
 from qwenref.judge.floors import BLIND
+from qwenref.judge.scope import PADDING
 from qwenref.stages import Stage
 from qwenref.trial.held import Held
 from qwenref.trial.replay import NOTHING, Replay, Skip
@@ -36,6 +37,8 @@ def readings(stage: Stage, side: Side, sizes: Mapping[str, int]) -> list[Held]:
     T, found = sizes["T"], []
     for way in side.ways(stage, sizes, T):
         first = T - len(way.views([each.values for each in mapped])[0])
+        if way.padding % PADDING:
+            continue
         if T == 1 and way.cuts_off_keys([each.values for each in mapped]):
             continue  # they may be real ones, of a longer context
         found += [
@@ -81,15 +84,17 @@ def lay_out_by_consumers(
 def _error(replay: Replay, name: str, way: Held, skip: Skip = NOTHING) -> float:
     """Return the relative L2 of a stage, read in one way; what is not finite is off by the rms."""
     stage = row_of(name)
-    off = of = 0.0
+    off, of, seen = 0.0, 0.0, False
     ends = [*dict.fromkeys((replay.spans[0], replay.spans[-1]))]
     with np.errstate(invalid="ignore", over="ignore"):
         for first, truth, dumped in compared(replay, name, way, skip, spans=ends):
             if stage.masked:
                 truth, dumped = np.tril(truth, first), np.tril(dumped, first)
             finite = np.isfinite(truth) & np.isfinite(dumped)
+            seen |= bool(finite.any())
             squares = np.square(truth[np.isfinite(truth)])
             off += float(np.sum(np.square((dumped - truth)[finite])))
-            off += np.count_nonzero(~finite) * float(np.mean(squares)) if squares.size else 0.0
+            clash = np.count_nonzero(np.isfinite(truth) != np.isfinite(dumped))
+            off += clash * float(np.mean(squares)) if squares.size else 0.0
             of += float(np.sum(squares))
-    return math.sqrt(off / of) if of else math.inf if off else 0.0
+    return math.sqrt(off / of) if of else math.inf if off or not seen else 0.0

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from qwenref.metrics import MARGIN, Errors, cells_of
+from qwenref.judge.floors import for_last_token
+from qwenref.metrics import MARGIN, Errors, cells_of, for_all_tokens
 from qwenref.stages import Stage
 from qwenref.trial.dialects import EXACT, NARROW
 from qwenref.trial.precision import all_fit
@@ -22,10 +23,11 @@ def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
     stage, sizes = found.residual.stage, replay.sizes
     held = replay.held[name]
     T, J, W = _shape(stage, found, sizes)
-    floors = [found.floors]
+    floors, rounded = [found.floors], found.floors
     for narrow in NARROW:
         if all_fit(replay, name, narrow):
             like = replace(EXACT, result=narrow)
+            rounded = replay.floor(name, skip, dialect=like)
             floors.append(replay.floor(name, skip, dialect=like, held_in=narrow))
     tokens, heads, columns = np.zeros(T, bool), np.zeros(J, bool), np.zeros((J, W), bool)
     count, least = 0, _least(found, floors)
@@ -37,7 +39,7 @@ def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
         columns |= bad.any(axis=0)
         count += int(np.count_nonzero(bad))
     if count == 0:
-        return "spread thinly"
+        return _worst_slice(stage, found, rounded, replay)
     if count == 1:
         head, cell = (int(at[0]) for at in np.nonzero(columns))
         token = int(np.flatnonzero(tokens)[0]) + held.first
@@ -50,6 +52,24 @@ def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
         *_places(stage, sizes, heads, columns),
     ]
     return ", ".join(words) or "everywhere"
+
+
+def _worst_slice(stage: Stage, found: Weighed, floors: Errors, replay: Replay) -> str:
+    """Name a slice that alone is off as a whole, though no value of it stands out."""
+    residual = found.residual
+    floors = for_all_tokens(floors, replay.positions, replay.sizes["T"])
+    floors = for_last_token(floors) if residual.first else floors
+    for kind in ("tokens", "heads"):
+        pairs = zip(getattr(residual.errors, kind), getattr(floors, kind), strict=True)
+        times = [error / floor if error and floor else 0.0 for error, floor in pairs]
+        if len(times) > 1 and max(times) > MARGIN and max(times) >= 2 * sorted(times)[-2]:
+            which = times.index(max(times))
+            if kind == "tokens":
+                return f"spread thinly over token {which + residual.first}"
+            return (
+                f"spread thinly over {', '.join(_head(stage, replay.sizes, [which], len(times)))}"
+            )
+    return "spread thinly"
 
 
 def _shape(stage: Stage, found: Weighed, sizes: dict[str, int]) -> tuple[int, int, int]:

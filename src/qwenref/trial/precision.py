@@ -11,6 +11,7 @@ from qwenref.stages import RESIDUAL
 from qwenref.trial.dialects import (
     EXACT,
     NARROW,
+    OPERAND_POINTS,
     Dialect,
     Formats,
     fits,
@@ -231,8 +232,8 @@ def _uses_what_it_rounds(replay: Replay, name: str, narrow: str) -> bool:
     It follows from rounded inputs so closely as it cannot if they were other values before.
     """
     for other in replay.held:
-        if other in (name, RESIDUAL) or not all_fit(replay, other, narrow):
-            continue
+        if other in (name, RESIDUAL, *OPERAND_POINTS) or not all_fit(replay, other, narrow):
+            continue  # a product may round its operands to that anyway
         if not replay.can(other) or not replay.reads(other):
             continue
         if (other, narrow) not in replay.proven:
