@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-CAPTURE = """
+COMMAND = """
 import pathlib, re, sys
 from qwenref import chain
 from qwenref.cli import main
@@ -38,15 +38,15 @@ class Measured(NamedTuple):
 
 
 def measure(arguments: Sequence[str], piece: int = 0) -> Measured:
-    """Run ``qwenref capture -q`` with these arguments; `piece` replaces `PIECE_BYTES`.
+    """Run ``qwenref`` with these arguments; `piece` replaces `PIECE_BYTES`.
 
     Raises:
         subprocess.CalledProcessError: It failed.
     """
-    command = [sys.executable, "-c", CAPTURE, str(piece), "capture", "-q", *arguments]
+    command = [sys.executable, "-c", COMMAND, str(piece), *arguments]
     start = time.perf_counter()
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-    return Measured(time.perf_counter() - start, int(done.stdout) * 1024)
+    return Measured(time.perf_counter() - start, int(done.stdout.split()[-1]) * 1024)
 
 
 def main() -> None:
@@ -66,7 +66,16 @@ def main() -> None:
         for _, case in itertools.product(range(asked.repeats), cases):
             T, dtype, stages, piece = case
             ids.write_text(str([token % 300 for token in range(T)]))
-            options = ["--model", asked.model, "--tokens", f"@{ids}", "--stages", stages]
+            options = [
+                "capture",
+                "-q",
+                "--model",
+                asked.model,
+                "--tokens",
+                f"@{ids}",
+                "--stages",
+                stages,
+            ]
             options += ["--dtype", dtype, "-o", f"{scratch}/dump", "--force", "--no-noise"]
             found[case].append(measure(options, piece << 20))
     print("tokens  dtype    stages    MiB  seconds (min to max)   peak MB")

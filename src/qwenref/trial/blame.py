@@ -9,17 +9,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from qwenref.stages import ATTENTION, RESIDUAL
+from qwenref.stages import RESIDUAL
 from qwenref.trial.explanation import Status
 from qwenref.trial.held import Held
 from qwenref.trial.laying_out import CLEARLY, lay_out, lay_out_by_consumers
 from qwenref.trial.precision import Account, account_of
-from qwenref.trial.replay import NOTHING, Replay, Skip
+from qwenref.trial.replay import CHAIN, NOTHING, Replay, Skip
 from qwenref.trial.residual import compared
 from qwenref.trial.weight_noise import weight_noise
-
-CHAIN = (RESIDUAL, *(stage.name for stage in ATTENTION))
-"""What enters the layer, and the nine."""
 
 
 @dataclass
@@ -169,14 +166,17 @@ class Trial:
         return against
 
     def _support(self, name: str, skip: Skip, of: str = "") -> int:
-        """Return how well a stage follows: 2 in some precision, 1 but for rounded weights, else 0.
+        """Return how well a stage follows, from 0 to 3.
 
-        It does not speak for a dump that is passed over to explain it.
+        3: in some precision; 2: if dumps were rounded when they were written; 1: but for rounded
+        weights. It does not speak for a dump that is passed over to explain it.
         """
         account, bits = self._account(name, skip, again=True)
         if any(of in choice.dialect.skips for choice in account.choices):
             return 0
-        return 2 if account.agrees else int(bits is not None)
+        if account.agrees:
+            return 2 if any(choice.dialect.estimated for choice in account.choices) else 3
+        return int(bits is not None)
 
     def _was_not_added(self, skip: Skip) -> bool:
         """Return whether what left the layer has attn_out as it should be in it, not as dumped."""

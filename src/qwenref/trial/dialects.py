@@ -39,6 +39,11 @@ INNER = {
 }
 """Where an engine that rounds results may round inside a stage too."""
 
+EARLY = {"qkv_matmul": "the product rounded before the bias is added"}
+"""What may be rounded on the way to qkv_bias; transformers adds the bias before the one rounding,
+and rounds the product for a dump alone.
+"""
+
 Formats = tuple[tuple[str, str], ...]
 """Rounding points and the format at each."""
 
@@ -60,6 +65,7 @@ class Dialect:
         scaled_first: Whether queries are rounded after 1/sqrt(H) was applied to them.
         minus_bias: Whether qkv_matmul is taken as output minus bias.
         then: The format of that difference.
+        estimated: Whether it cannot be executed: only how much error it makes is known.
     """
 
     id: str
@@ -73,6 +79,7 @@ class Dialect:
     scaled_first: bool = False
     minus_bias: bool = False
     then: str = "exact"
+    estimated: bool = False
 
     @property
     def rounds_unseen(self) -> bool:
@@ -212,14 +219,18 @@ def _apart(stage: str) -> Iterator[Dialect]:
             )
 
 
-def minus_bias(narrow: str, then: str = "exact") -> Dialect:
-    """Return that qkv_matmul is taken as output, rounded to a format, minus bias."""
-    rounded = "" if narrow == "exact" else f", of an output rounded to {narrow}"
-    return Dialect(
-        "-".join(["output-minus-bias", *([narrow] if rounded else [])]),
-        f"output minus bias{rounded}",
-        formats=(("stored", narrow),) if rounded else (),
-        result=narrow,
+def minus_bias(output: Dialect = EXACT, then: str = "exact") -> Dialect:
+    """Return that qkv_matmul is taken as output minus bias.
+
+    Args:
+        output: How the output is computed: a dialect of qkv_bias.
+        then: The format of the difference.
+    """
+    exact = output.id == EXACT.id
+    return replace(
+        output,
+        id="output-minus-bias" + ("" if exact else f"-{output.id}"),
+        text="output minus bias" + ("" if exact else f": {output.text}"),
         minus_bias=True,
         then=then,
     )
@@ -236,23 +247,29 @@ def result_dialects(
         narrow: The format.
         stored: Whether weights are rounded to it as well.
     """
-    text = f"result rounded to {narrow}"
-    between = [name for name in bridges if name in RESULTS]
+    between = [name for name in bridges if name in RESULTS and name not in EARLY]
     if stage == RESIDUAL:
-        yield Dialect(f"result-{narrow}", text, formats=(("stored", narrow),), result=narrow)
+        yield Dialect(
+            f"result-{narrow}",
+            f"result rounded to {narrow}",
+            formats=(("stored", narrow),),
+            result=narrow,
+        )
         return
-    if stage == "qkv_bias" and "qkv_matmul" in bridges:
-        text = f"bias added before the one rounding to {narrow}"
     found: dict[str, str] = {}
     for name in (stage, *bridges):
         found |= INNER.get(name, {})
     inner = [*found.items()]
-    for chosen in (inner, *([one] for one in inner if len(inner) > 1), *([[]] if inner else [])):
-        points = [point for point, _ in chosen]
-        formats = [(point, narrow) for point in (*(["stored"] * stored), *between, *points)]
+    some = (inner, *([one] for one in inner if len(inner) > 1), *([[]] if inner else []))
+    for early, chosen in product((False, True) if "qkv_matmul" in bridges else (False,), some):
+        points = [*chosen, *(EARLY.items() if early else ())]
+        once = stage == "qkv_bias" and "qkv_matmul" in bridges and not early
+        text = f"{'bias added before the one rounding' if once else 'result rounded'} to {narrow}"
+        names = [point for point, _ in points]
+        formats = [(point, narrow) for point in (*(["stored"] * stored), *between, *names)]
         yield Dialect(
-            "-".join([f"result-{narrow}", *points]),
-            ", ".join([text, *(words for _, words in chosen)]),
+            "-".join([f"result-{narrow}", *names]),
+            ", ".join([text, *(words for _, words in points)]),
             formats=tuple(formats),
             result=narrow,
         )

@@ -18,14 +18,14 @@ from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
 from qwenref.model.weights import AttentionWeights, check_tensors, read_attention, read_embedding
 from qwenref.oracle import computing, whole_numbers
 from qwenref.stages import ATTENTION, EMBEDDING, RESIDUAL
-from qwenref.trial.blame import CHAIN, Trial
+from qwenref.trial.blame import Trial
 from qwenref.trial.checks import checks
 from qwenref.trial.explanation import Explanation
 from qwenref.trial.findings import WRONG, explained_stages, weight_noise_of
 from qwenref.trial.held import Held
 from qwenref.trial.laying_out import readings
 from qwenref.trial.recovery import in_words, recovered_tokens, without_weight
-from qwenref.trial.replay import Replay
+from qwenref.trial.replay import CHAIN, Replay
 from qwenref.trial.residual import row_of
 from qwenref.trial.words import summary_of, verdict_of
 

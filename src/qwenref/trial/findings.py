@@ -7,7 +7,7 @@ import msgspec
 from qwenref.judge.floors import for_last_token, generic_floors
 from qwenref.metrics import MARGIN, finite, worst_of
 from qwenref.stages import EMBEDDING, RESIDUAL
-from qwenref.trial.blame import CHAIN, Standing, Trial
+from qwenref.trial.blame import Standing, Trial
 from qwenref.trial.dialects import NARROW
 from qwenref.trial.explanation import (
     Check,
@@ -19,6 +19,7 @@ from qwenref.trial.explanation import (
 )
 from qwenref.trial.pattern import pattern_of
 from qwenref.trial.precision import all_fit
+from qwenref.trial.replay import CHAIN
 from qwenref.trial.residual import residual_of
 
 WRONG = ("added", "dumped_wrong")

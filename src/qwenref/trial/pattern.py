@@ -1,21 +1,23 @@
 """Where in a stage an error sits, in words."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
-from qwenref.judge.floors import for_last_token
-from qwenref.metrics import MARGIN, Errors, cells_of, for_all_tokens
+from qwenref.metrics import MARGIN, Errors, cells_of
 from qwenref.stages import Stage
 from qwenref.trial.dialects import EXACT, NARROW
+from qwenref.trial.normal import Honest, floor_of
 from qwenref.trial.precision import all_fit
 from qwenref.trial.replay import Replay, Skip
 from qwenref.trial.residual import Weighed, compared
 
 SMALL = 0.01
 """Of the largest difference: a smaller one does not count beside it."""
+
+SEVERAL = 3
+"""Wrong values in a token or head: with fewer, which ones those are may be chance."""
 
 
 def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
@@ -26,9 +28,8 @@ def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
     floors, rounded = [found.floors], found.floors
     for narrow in NARROW:
         if all_fit(replay, name, narrow):
-            like = replace(EXACT, result=narrow)
-            rounded = replay.floor(name, skip, dialect=like)
-            floors.append(replay.floor(name, skip, dialect=like, held_in=narrow))
+            rounded = floor_of(replay, name, skip, EXACT, Honest(narrow))
+            floors.append(floor_of(replay, name, skip, EXACT, Honest(narrow, held_in=narrow)))
     tokens, heads, columns = np.zeros(T, bool), np.zeros(J, bool), np.zeros((J, W), bool)
     count, least = 0, _least(found, floors)
     for first, truth, dumped in compared(replay, name, held, skip):
@@ -45,7 +46,8 @@ def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
         token = int(np.flatnonzero(tokens)[0]) + held.first
         where = [f"token {token}", *_head(stage, sizes, [head], J), _cells(stage, [cell])]
         return f"one element: {', '.join(where)}"
-    if 2 * count < np.count_nonzero(tokens) * np.count_nonzero(columns) and not _few(tokens, heads):
+    sparse = 2 * count < np.count_nonzero(tokens) * np.count_nonzero(columns)
+    if sparse and not any(_gathers(count, where) for where in (tokens, heads)):
         return "here and there"
     words = [
         *_tokens(tokens, held.first),
@@ -57,8 +59,6 @@ def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
 def _worst_slice(stage: Stage, found: Weighed, floors: Errors, replay: Replay) -> str:
     """Name a slice that alone is off as a whole, though no value of it stands out."""
     residual = found.residual
-    floors = for_all_tokens(floors, replay.positions, replay.sizes["T"])
-    floors = for_last_token(floors) if residual.first else floors
     for kind in ("tokens", "heads"):
         pairs = zip(getattr(residual.errors, kind), getattr(floors, kind), strict=True)
         times = [error / floor if error and floor else 0.0 for error, floor in pairs]
@@ -141,9 +141,10 @@ def _places(
         yield _cells(stage, cells) + (" of every head" if len(bad) == J > 1 else "")
 
 
-def _few(*of: np.ndarray) -> bool:
-    """Return whether an error sits in less than half of the tokens, or of the heads."""
-    return any(2 * np.count_nonzero(each) < len(each) for each in of)
+def _gathers(count: int, where: np.ndarray) -> bool:
+    """Return whether wrong values sit in less than half of the tokens or heads, several in each."""
+    bad = np.count_nonzero(where)
+    return bool(2 * bad < len(where) and count >= SEVERAL * bad)
 
 
 def _is_range(numbers: Sequence[int]) -> bool:

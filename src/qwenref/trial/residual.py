@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 
 from qwenref.chain import Span
-from qwenref.judge.floors import BLIND, for_last_token, seeing
+from qwenref.judge.floors import BLIND, seeing
 from qwenref.metrics import (
     MARGIN,
     Errors,
@@ -16,13 +16,13 @@ from qwenref.metrics import (
     Worst,
     errors_of,
     finite,
-    for_all_tokens,
     sums_of,
     worst_of,
 )
 from qwenref.stages import BY_NAME, EMBEDDING, RESIDUAL, Stage
 from qwenref.trial.dialects import EXACT, Dialect
 from qwenref.trial.held import Held
+from qwenref.trial.normal import Honest, floor_of
 from qwenref.trial.replay import NOTHING, Replay, Skip
 
 SPREADING = ("attn_softmax", "attention")
@@ -146,9 +146,7 @@ def weighed(
     skip: Skip = NOTHING,
     dialect: Dialect = EXACT,
     *,
-    like: Dialect | None = None,
-    held_in: str = "exact",
-    operands: str = "exact",
+    honest: Honest | None = None,
 ) -> Weighed:
     """Hold a stage to what is normal.
 
@@ -157,15 +155,10 @@ def weighed(
         name: The stage.
         skip: Whose dumps are not read.
         dialect: How it is computed.
-        like: How results are rounded in what is normal, if not as in `dialect`.
-        held_in: The format that dumps were rounded to after the engine used their values.
-        operands: The format of operands of products in what is normal.
+        honest: What engines it is normal of, if not of those that round results as `dialect`.
     """
     residual = residual_of(replay, name, skip, dialect)
-    floors = replay.floor(name, skip, dialect=like or dialect, held_in=held_in, operands=operands)
-    floors = for_all_tokens(floors, replay.positions, replay.sizes["T"])
-    if replay.held[name].first:
-        floors = for_last_token(floors)
+    floors = floor_of(replay, name, skip, dialect, honest)
     return Weighed(residual, floors, worst_of(residual.errors, _judged(residual, floors)))
 
 
