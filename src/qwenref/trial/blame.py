@@ -149,21 +149,31 @@ class Trial:
     def _evidence(self, name: str, skip: Skip) -> int:
         """Return whether what was computed from a dump speaks against it: 1, for it: -1, or 0.
 
-        If a consumer is wrong in any case, those are asked that were computed from that one.
+        If a consumer is wrong in any case, it may be for another dump that is wrong; else those are
+        asked that were computed from that one.
         """
         against = 0
         for after in self.consumers(name, skip):
             if not self.replay.can(after, skip | {name}):
                 continue
-            from_dump = self._support(after, skip, name)
-            without = self._support(after, skip | {name})
-            found = (without > from_dump) - (without < from_dump)
-            if not without and not from_dump:
+            found, either = self._compared(name, after, skip)
+            if not either:
+                read = self.replay.reads(after, skip) - {name}
+                others = skip | {of for of in read if not self._right(of, skip)}
+                if self.replay.can(after, others | {name}):
+                    found, either = self._compared(name, after, others)
+            if not either:
                 found = self._evidence(name, skip | {after})
             if found < 0:
                 return found
             against = max(against, found)
         return against
+
+    def _compared(self, name: str, after: str, skip: Skip) -> tuple[int, bool]:
+        """Return whether a stage speaks against a dump, and whether it follows from anything."""
+        from_dump = self._support(after, skip, name)
+        without = self._support(after, skip | {name})
+        return (without > from_dump) - (without < from_dump), bool(without or from_dump)
 
     def _support(self, name: str, skip: Skip, of: str = "") -> int:
         """Return how well a stage follows, from 0 to 3.

@@ -2,58 +2,95 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import numpy as np
 
 from qwenref.metrics import MARGIN, Errors, cells_of
 from qwenref.stages import Stage
-from qwenref.trial.dialects import EXACT, NARROW
-from qwenref.trial.normal import Honest, floor_of
-from qwenref.trial.precision import all_fit
+from qwenref.trial.dialects import EXACT, NARROW, Dialect
+from qwenref.trial.normal import Honest, floor_of, spacing
+from qwenref.trial.precision import all_fit, ways_to_round
 from qwenref.trial.replay import Replay, Skip
 from qwenref.trial.residual import Weighed, compared
 
 SMALL = 0.01
 """Of the largest difference: a smaller one does not count beside it."""
 
+STEP = 1.5
+"""Of the distance of neighbours in a format: what is rounded the other way is off by 1."""
+
 SEVERAL = 3
 """Wrong values in a token or head: with fewer, which ones those are may be chance."""
 
 
+class _Marks(NamedTuple):
+    """Where values are off: tokens, [T]; heads, [J]; columns, [J, W]; and how many there are."""
+
+    tokens: np.ndarray
+    heads: np.ndarray
+    columns: np.ndarray
+    number: int
+
+
 def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
     """Say in which tokens, heads and channels a stage is off by more than is normal."""
-    stage, sizes = found.residual.stage, replay.sizes
-    held = replay.held[name]
-    T, J, W = _shape(stage, found, sizes)
-    floors, rounded = [found.floors], found.floors
+    stage, sizes, first = found.residual.stage, replay.sizes, replay.held[name].first
+    normal, rounded, executed = [found.floors], found.floors, []
     for narrow in NARROW:
         if all_fit(replay, name, narrow):
             rounded = floor_of(replay, name, skip, EXACT, Honest(narrow))
-            floors.append(floor_of(replay, name, skip, EXACT, Honest(narrow, held_in=narrow)))
-    tokens, heads, columns = np.zeros(T, bool), np.zeros(J, bool), np.zeros((J, W), bool)
-    count, least = 0, _least(found, floors)
-    for first, truth, dumped in compared(replay, name, held, skip):
-        bad = _bad(stage, truth, dumped, first, least, sizes)
-        start = first - held.first
-        tokens[start : start + len(bad)] |= bad.any(axis=(1, 2))
-        heads |= bad.any(axis=(0, 2))
-        columns |= bad.any(axis=0)
-        count += int(np.count_nonzero(bad))
+            normal += [rounded, floor_of(replay, name, skip, EXACT, Honest(narrow, held_in=narrow))]
+            executed += [
+                _marked(replay, name, skip, found, dialect, [found.floors])
+                for dialects in ways_to_round(replay, name, skip, narrow)
+                for dialect in dialects
+            ]
+    marks = min(executed, key=lambda of: of.number, default=None)
+    if marks is None or 2 * marks.number > found.residual.sums.cells.sum():
+        marks = _marked(replay, name, skip, found, EXACT, normal)
+    tokens, heads, columns, count = marks
     if count == 0:
         return _worst_slice(stage, found, rounded, replay)
     if count == 1:
         head, cell = (int(at[0]) for at in np.nonzero(columns))
-        token = int(np.flatnonzero(tokens)[0]) + held.first
-        where = [f"token {token}", *_head(stage, sizes, [head], J), _cells(stage, [cell])]
+        token = int(np.flatnonzero(tokens)[0]) + first
+        where = [f"token {token}", *_head(stage, sizes, [head], len(heads)), _cells(stage, [cell])]
         return f"one element: {', '.join(where)}"
     sparse = 2 * count < np.count_nonzero(tokens) * np.count_nonzero(columns)
     if sparse and not any(_gathers(count, where) for where in (tokens, heads)):
         return "here and there"
     words = [
-        *_tokens(tokens, held.first),
+        *_tokens(tokens, first),
         *_places(stage, sizes, heads, columns),
     ]
     return ", ".join(words) or "everywhere"
+
+
+def _marked(
+    replay: Replay,
+    name: str,
+    skip: Skip,
+    found: Weighed,
+    dialect: Dialect,
+    floors: Sequence[Errors],
+) -> _Marks:
+    """Mark what is off by more than is normal, and by more than one step if results are rounded."""
+    stage, held, factor = found.residual.stage, replay.held[name], replay.factor(name)
+    T, J, W = _shape(stage, found, replay.sizes)
+    tokens, heads, columns = np.zeros(T, bool), np.zeros(J, bool), np.zeros((J, W), bool)
+    count, least = 0, _least(found, floors)
+    for first, truth, dumped in compared(replay, name, held, skip, dialect):
+        step = 0.0 * truth
+        if dialect.result != "exact":
+            step = STEP * spacing(truth / factor, dialect.result) * factor
+        bad = _bad(stage, truth, dumped, step, first, least, replay.sizes)
+        start = first - held.first
+        tokens[start : start + len(bad)] |= bad.any(axis=(1, 2))
+        heads |= bad.any(axis=(0, 2))
+        columns |= bad.any(axis=0)
+        count += int(np.count_nonzero(bad))
+    return _Marks(tokens, heads, columns, count)
 
 
 def _worst_slice(stage: Stage, found: Weighed, floors: Errors, replay: Replay) -> str:
@@ -78,8 +115,13 @@ def _shape(stage: Stage, found: Weighed, sizes: dict[str, int]) -> tuple[int, in
 
 
 def _least(found: Weighed, floors: Sequence[Errors]) -> tuple[np.ndarray, float, int]:
-    """Return what differences count: by token and head, and those that are not small."""
+    """Return what differences count: by token and head, and those that are not small.
+
+    Beside what is not finite, none do.
+    """
     sums = found.residual.sums
+    if found.residual.contradictions:
+        return np.full_like(sums.largest, np.inf), 0.0, found.residual.first
     scale = np.sqrt(sums.scale.min(axis=0) / sums.cells)
     block = np.sqrt(sums.scale.min(axis=0).sum() / sums.cells.sum())
     normal = MARGIN * max(of.element or 0.0 for of in floors)
@@ -91,6 +133,7 @@ def _bad(
     stage: Stage,
     truth: np.ndarray,
     dumped: np.ndarray,
+    step: np.ndarray,
     first: int,
     least: tuple[np.ndarray, float, int],
     sizes: dict[str, int],
@@ -98,12 +141,12 @@ def _bad(
     """Return which values are off, [t, J, W]."""
     if stage.masked:
         truth, dumped = np.tril(truth, first), np.tril(dumped, first)
-    truth, dumped = (cells_of(stage, of, sizes["H"]) for of in (truth, dumped))
+    truth, dumped, step = (cells_of(stage, of, sizes["H"]) for of in (truth, dumped, step))
     normal, small, held_from = least
     start = first - held_from
     limit = np.maximum(normal[start : start + len(truth)], small)[:, :, None]
     with np.errstate(invalid="ignore"):
-        off = np.abs(dumped - truth) > limit
+        off = np.abs(dumped - truth) > np.maximum(limit, step)
     clash = np.isfinite(dumped) != np.isfinite(truth)
     return off | clash
 

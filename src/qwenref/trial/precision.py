@@ -120,7 +120,7 @@ _Found = list[tuple[Dialect, Weighed]]
 def _results(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
     """Results rounded, and perhaps what is inside; those that leave the least are returned."""
     for narrow in NARROW:
-        for tried in _ways_to_round(replay, name, skip, narrow):
+        for tried in ways_to_round(replay, name, skip, narrow):
             tried = [with_weights(of, weights) for of in tried]
             found = [(of, weighed(replay, name, skip, of)) for of in tried]
             agreeing = [
@@ -136,7 +136,7 @@ def _results(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
     return []
 
 
-def _ways_to_round(replay: Replay, name: str, skip: Skip, narrow: str) -> Iterator[list[Dialect]]:
+def ways_to_round(replay: Replay, name: str, skip: Skip, narrow: str) -> Iterator[list[Dialect]]:
     """Yield dialects in groups, the likelier ones first."""
     rounded = all_fit(replay, name, narrow)
     if rounded:
@@ -253,15 +253,22 @@ def _rounded_dumps(replay: Replay, name: str, skip: Skip, weights: Formats) -> _
 def _is_from_inputs(replay: Replay, name: str, skip: Skip, honest: Honest) -> bool:
     """Return whether an error is like that of inputs that were rounded after they were used.
 
-    It is in about as many rows as such errors, if the rounding of results is executed; and it is
-    not parallel to the value.
+    It is in about as many rows as such errors, and it is not parallel to the value.
+    """
+    found, expected = _rows_of_inputs(replay, name, skip, honest)
+    return found >= RARE * expected and not _is_a_factor(replay, name, skip)
+
+
+def _rows_of_inputs(replay: Replay, name: str, skip: Skip, honest: Honest) -> tuple[float, float]:
+    """Return in how many rows a stage is off, and in how many rounded inputs make it so.
+
+    The rounding of its result does not count: it is executed.
     """
     ways = result_dialects(name, replay.bridges(name, skip), honest.result, stored=True)
     tried = [EXACT, *(ways if honest.result != "exact" else ())]
     normal = weighed(replay, name, skip).floors.element or 0.0
     found = min(rows_off(residual_of(replay, name, skip, of).sums, normal) for of in tried)
-    expected = share_of_rows_off(replay, name, skip, honest, normal)
-    return found >= RARE * expected and not _is_a_factor(replay, name, skip)
+    return found, share_of_rows_off(replay, name, skip, honest, normal)
 
 
 def _is_a_factor(replay: Replay, name: str, skip: Skip) -> bool:

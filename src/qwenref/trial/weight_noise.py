@@ -6,6 +6,7 @@ equal); no token, head or channel is free of them, and none has far more than ot
 is that of the token's input and of the weights, not of the value that they sit on.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,9 @@ proportion to values.
 
 PARALLEL = 0.5
 """Correlation of error with value: rounding is not biased; a factor makes it 1."""
+
+DEVIATIONS = 3.0
+"""Of a correlation that is chance: 1 / sqrt(values) is one of them."""
 
 TELLING = 0.25
 """Standard deviation of `_alike` up to which it is evidence."""
@@ -80,9 +84,9 @@ def weight_noise(replay: Replay, name: str, skip: Skip, floors: Errors) -> Noise
     bits = {}
     for tensor, columns in _tensors(replay, name, embedded=embedded, products=products).items():
         of = truth[:, columns], error[:, columns]
-        if _is_normal(*of, floors):
+        if not of[1].any() or _is_normal(*of, floors):
             continue
-        if not _unstructured(*of, inputs, replay.sizes):
+        if not of[0].any() or not looks_of(*of, inputs, replay.sizes).unstructured:
             return None
         bits[tensor] = _bits(*of)
     return Noise(bits)
@@ -112,42 +116,88 @@ def _tensors(replay: Replay, name: str, *, embedded: bool, products: list[str]) 
     return {"o" if name == "attn_out" else "embedding": slice(None)}
 
 
-def _unstructured(
-    truth: np.ndarray, error: np.ndarray, inputs: np.ndarray | None, sizes: dict[str, int]
-) -> bool:
-    """Return whether errors [T, C] are of no pattern, and of a size that rounded weights make."""
-    size = _rms(error)
-    if size > MOST * _rms(truth):
-        return False
+class Looks(NamedTuple):
+    """What errors [T, C] look like, each token's relative to the rms of its input.
+
+    Attributes:
+        size: Relative L2, as they are.
+        most: Rms of the token, head or token of a head that is the most off, of all.
+        least: The same of the one that is the least off.
+        largest: Of a single value, against the rms of all.
+        channel: Rms of a channel against that of all: nine in ten have more.
+        follows: Correlation of |error| with |value|.
+        parallel: Cosine of error and value.
+        alike: Slope of the cosines of tokens' errors against those of their inputs, over all pairs:
+            1 if dW is random, 0 if errors of tokens have nothing in common. 0 if unknown.
+        deviation: The standard deviation of that.
+        values: How many independent ones there are: equal tokens have equal errors.
+    """
+
+    size: float
+    most: float
+    least: float
+    largest: float
+    channel: float
+    follows: float
+    parallel: float
+    alike: float
+    deviation: float
+    values: float
+
+    @property
+    def unstructured(self) -> bool:
+        """Whether they are of no pattern, and of a size that rounded weights make."""
+        by_chance = DEVIATIONS / self.values**0.5
+        return (
+            self.size <= MOST
+            and self.most <= UNEVEN
+            and self.least * UNEVEN >= 1
+            and self.largest <= STANDS_OUT
+            and self.channel >= FREE
+            and self.follows <= max(FOLLOWS, by_chance)
+            and abs(self.parallel) <= max(PARALLEL, by_chance)
+            and (self.deviation > TELLING or self.alike > HALF)
+        )
+
+
+def looks_of(
+    truth: np.ndarray, error: np.ndarray, inputs: np.ndarray | None, sizes: Mapping[str, int]
+) -> Looks:
+    """Return what errors look like.
+
+    Args:
+        truth: [T, C].
+        error: [T, C], not zero everywhere.
+        inputs: Operand of the product, [T, I], if it is known.
+        sizes: H.
+    """
+    relative = _rms(error) / _rms(truth)
     scales = np.ones(len(error))
     if inputs is not None:
         scales = np.sqrt(np.mean(np.square(inputs), axis=1))
     error, truth = (of / np.where(scales, scales, 1.0)[:, None] for of in (error, truth))
-    size = _rms(error)
-    by_head = _by_head(error, sizes["H"])
-    uneven = [*map(_rms, by_head), *map(_rms, by_head.swapaxes(0, 1))]
-    if max(uneven) > UNEVEN * size or min(uneven) * UNEVEN < size:
-        return False
-    if np.abs(error).max() > STANDS_OUT * size:
-        return False
-    if np.quantile(np.sqrt(np.mean(np.square(error), axis=0)), 0.1) < FREE * size:
-        return False
-    if _correlation(np.abs(error), np.abs(truth)) > FOLLOWS:
-        return False
-    if abs(np.vdot(error, truth)) > PARALLEL * np.linalg.norm(error) * np.linalg.norm(truth):
-        return False
-    if inputs is None:
-        return True
-    alike, deviation = _alike(error, inputs)
-    return deviation > TELLING or alike > HALF
+    size, by_head = _rms(error), _by_head(error, sizes["H"])
+    parts = [*map(_rms, by_head), *map(_rms, by_head.swapaxes(0, 1))]
+    channels = np.sqrt(np.mean(np.square(error), axis=0))
+    norms = np.linalg.norm(error) * np.linalg.norm(truth)
+    tokens = np.count_nonzero(error.any(axis=1))
+    alike, deviation = (0.0, np.inf) if inputs is None else _alike(error, inputs)
+    return Looks(
+        size=relative,
+        most=max(parts) / size,
+        least=min(parts) / size,
+        largest=float(np.abs(error).max()) / size,
+        channel=float(np.quantile(channels, 0.1)) / size,
+        follows=_correlation(np.abs(error), np.abs(truth)),
+        parallel=float(np.vdot(error, truth) / norms),
+        alike=alike,
+        deviation=deviation,
+        values=error.shape[1] * tokens**2 / float(np.sum(np.square(_cosines(error)))),
+    )
 
 
 def _alike(error: np.ndarray, inputs: np.ndarray) -> tuple[float, float]:
-    """Return how much errors of two tokens are alike where their inputs are, and how sure that is.
-
-    It is the slope of the cosines of errors against those of inputs, over all pairs of tokens: 1 if
-    dW is random, 0 if errors of tokens have nothing in common; and its standard deviation.
-    """
+    """Return `Looks.alike` and its standard deviation."""
     a, b = (_cosines(of)[np.triu_indices(len(of), 1)] for of in (error, inputs))
     total = float(np.vdot(b, b))
     if not total:

@@ -1,0 +1,43 @@
+"""Honest engines of every kind are found healthy: a fixed sample of scripts/healthy.py."""
+
+from pathlib import Path
+
+import pytest
+from healthy import Healthy
+
+KINDS = 13
+ONCE_TAKEN_FOR_FAULTS = (
+    (52, 220, 311, 361, 400, 414, 544, 558, 738, 751, 899, 959, 977)
+    + (1627, 2069, 2247, 2485, 2525, 2534)
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.mark.parametrize("kind", range(KINDS))
+def test_honest_engines(models: Path, kind: int) -> None:
+    assert not alarms(models, range(kind, 6 * KINDS, KINDS))
+
+
+def test_once_taken_for_faults(models: Path) -> None:
+    assert not alarms(models, ONCE_TAKEN_FOR_FAULTS)
+
+
+def test_a_fault_is_an_alarm(models: Path) -> None:
+    """Else nothing above would say anything."""
+    one = Healthy(0, models)
+    last = [*one.written][-1]
+    one.written[last] = one.written[last] * 1.5
+    assert one.alarm(one.explained())
+
+
+def alarms(models: Path, numbers: range | tuple[int, ...]) -> list[str]:
+    found = []
+    for one in (Healthy(number, models) for number in numbers):
+        alarm = one.alarm(one.explained())
+        if alarm:
+            found.append(f"{one.text}\n    {alarm}")
+    return found
