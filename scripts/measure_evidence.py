@@ -18,7 +18,7 @@ from healthy import MODELS, SCALES, Healthy, checkpoint_of
 from honest_engines import Habits, HonestEngine
 
 from qwenref.model.weights import read_attention, read_embedding
-from qwenref.trial import laying_out, precision
+from qwenref.trial import blame, evidence, laying_out, precision
 from qwenref.trial.residual import residual_of
 from qwenref.trial.weight_noise import Looks, looks_of
 
@@ -68,12 +68,9 @@ def of_engines(cases: int) -> Measured:
         if expected:
             note("RARE: rows off, against those that rounded inputs make so", found / expected)
 
-    watched(laying_out, "lay_out", orders)
-    watched(precision, "_are_flips", flips)
-    watched(precision, "_rows_of_inputs", rows)
-    from qwenref.trial import blame
-
-    blame.lay_out = laying_out.lay_out
+    watched(blame, "lay_out", orders)
+    watched(precision, "are_flips", flips)
+    watched(evidence, "rows_of_inputs", rows)
     with tempfile.TemporaryDirectory() as folder:
         for number in range(cases):
             Healthy(number, Path(folder)).explained()

@@ -7,10 +7,10 @@ import numpy as np
 
 from qwenref.judge.floors import for_last_token
 from qwenref.metrics import MARGIN, Errors, Sums, floors_of, for_all_tokens, sums_of
-from qwenref.model.precision import FORMATS
 from qwenref.model.roundoff import generator
 from qwenref.stages import BY_NAME, EMBEDDING, RESIDUAL, Stage
-from qwenref.trial.dialects import EXACT, OPERAND_POINTS, Dialect, in_format
+from qwenref.trial.dialects import EXACT, OPERAND_POINTS, Dialect
+from qwenref.trial.formats import in_format, spacing
 from qwenref.trial.held import Held
 from qwenref.trial.replay import Replay, Skip
 
@@ -186,11 +186,3 @@ def _last_from(values: np.ndarray, own: np.ndarray, held: Held) -> np.ndarray:
     values = values.copy()
     values[at] = own[at]
     return values
-
-
-def spacing(values: np.ndarray, narrow: str) -> np.ndarray:
-    """Return the distance of neighbours in a format, at each value; 0 at 0."""
-    _, exponents = np.frexp(values)
-    _, least = np.frexp(FORMATS[narrow].smallest or np.finfo(values.dtype).tiny)
-    steps = np.ldexp(1.0, np.maximum(exponents, least) - 1 - FORMATS[narrow].mantissa)
-    return np.where(values == 0, 0.0, steps)

@@ -9,7 +9,8 @@ import numpy as np
 from qwenref.metrics import MARGIN, Errors, cells_of
 from qwenref.stages import Stage
 from qwenref.trial.dialects import EXACT, NARROW, Dialect
-from qwenref.trial.normal import Honest, floor_of, spacing
+from qwenref.trial.formats import spacing
+from qwenref.trial.normal import Honest, floor_of
 from qwenref.trial.precision import all_fit, ways_to_round
 from qwenref.trial.replay import Replay, Skip
 from qwenref.trial.residual import Weighed, compared
@@ -57,8 +58,8 @@ def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
         token = int(np.flatnonzero(tokens)[0]) + first
         where = [f"token {token}", *_head(stage, sizes, [head], len(heads)), _cells(stage, [cell])]
         return f"one element: {', '.join(where)}"
-    sparse = 2 * count < np.count_nonzero(tokens) * np.count_nonzero(columns)
-    if sparse and not any(_gathers(count, where) for where in (tokens, heads)):
+    box = _visible(stage, tokens, columns, first)
+    if 2 * count < box and not any(_gathers(count, where) for where in (tokens, heads)):
         return "here and there"
     words = [
         *_tokens(tokens, first),
@@ -182,6 +183,13 @@ def _places(
     seen_by_all = stage.masked and cells[0] == 0  # earlier keys are those of all queries
     if len(cells) < W and (2 * len(cells) <= W or (_is_range(cells) and not seen_by_all)):
         yield _cells(stage, cells) + (" of every head" if len(bad) == J > 1 else "")
+
+
+def _visible(stage: Stage, tokens: np.ndarray, columns: np.ndarray, first: int) -> int:
+    """Return how many values there are in some columns of some tokens."""
+    width = columns.shape[1]
+    seen = np.tri(len(tokens), width, first if stage.masked else width, dtype=int)
+    return int(np.sum(seen[tokens] @ columns.T))
 
 
 def _gathers(count: int, where: np.ndarray) -> bool:

@@ -23,8 +23,8 @@ from qwenref.trial.dialects import (
     Dialect,
     Formats,
     flash_attention,
-    in_format,
 )
+from qwenref.trial.formats import in_format
 from qwenref.trial.held import Held
 
 _T = TypeVar("_T")
