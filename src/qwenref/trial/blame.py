@@ -107,8 +107,9 @@ class Trial:
         ]
 
     def _may_be_misread(self, name: str) -> bool:
-        """Return whether a stage fits in no way, or its scale is a convention, or a fault."""
-        if self.replay.held[name].factor != 1:
+        """Return whether a stage fits in no way, or in an odd one that nothing else confirms."""
+        held, usual = self.replay.held[name], self._ways[name][0]
+        if held.factor != 1 or held.way is not usual.way:
             return not any(self._right(after, NOTHING) for after in self.consumers(name))
         return not self._right(name, NOTHING)
 

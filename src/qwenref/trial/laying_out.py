@@ -65,7 +65,7 @@ def lay_out(replay: Replay, name: str, ways: Sequence[Held], skip: Skip = NOTHIN
 def lay_out_by_consumers(
     replay: Replay, name: str, ways: Sequence[Held], consumers: Sequence[str]
 ) -> None:
-    """Choose again for a stage that is wrong in any order: by what was computed from it."""
+    """Choose again: by what was computed from it; if it is wrong in any order, by its sibling."""
     before = replay.held[name]
     ways = [before, *(way for way in ways if way.first == before.first and way is not before)]
     errors = []
@@ -76,6 +76,8 @@ def lay_out_by_consumers(
     if errors and min(errors) < BLIND:
         if min(errors) < CLEARLY * errors[0]:
             replay.hold(name, ways[errors.index(min(errors))])
+        return
+    if _error(replay, name, before) < BLIND:
         return
     sibling = replay.held.get(SIBLINGS.get(name, ""))
     alike = [way for way in ways if sibling is not None and way.way.letters == sibling.way.letters]

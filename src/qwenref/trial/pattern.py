@@ -1,5 +1,6 @@
 """Where in a stage an error sits, in words."""
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -18,6 +19,9 @@ from qwenref.trial.residual import Weighed, compared
 SMALL = 0.01
 """Of the largest difference: a smaller one does not count beside it."""
 
+HALF = 0.5
+"""Of the error: if more is left beside what stands out, that does not say where it sits."""
+
 STEP = 1.5
 """Of the distance of neighbours in a format: what is rounded the other way is off by 1."""
 
@@ -26,17 +30,27 @@ SEVERAL = 3
 
 
 class _Marks(NamedTuple):
-    """Where values are off: tokens, [T]; heads, [J]; columns, [J, W]; and how many there are."""
+    """Where values are off.
+
+    Attributes:
+        tokens: In which, [T].
+        heads: In which, [J].
+        columns: In which, [J, W].
+        number: How many.
+        rest: Relative L2 of all others.
+    """
 
     tokens: np.ndarray
     heads: np.ndarray
     columns: np.ndarray
     number: int
+    rest: float
 
 
 def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
     """Say in which tokens, heads and channels a stage is off by more than is normal."""
     stage, sizes, first = found.residual.stage, replay.sizes, replay.held[name].first
+    whole = found.residual.errors.whole
     normal, rounded, executed = [found.floors], found.floors, []
     for narrow in NARROW:
         if all_fit(replay, name, narrow):
@@ -50,8 +64,9 @@ def pattern_of(replay: Replay, name: str, skip: Skip, found: Weighed) -> str:
     marks = min(executed, key=lambda of: of.number, default=None)
     if marks is None or 2 * marks.number > found.residual.sums.cells.sum():
         marks = _marked(replay, name, skip, found, EXACT, normal)
-    tokens, heads, columns, count = marks
-    if count == 0:
+    tokens, heads, columns, count, rest = marks
+    enough = max(MARGIN * max(of.whole or 0.0 for of in normal), HALF * (whole or 0.0))
+    if count == 0 or rest > enough:
         return _worst_slice(stage, found, rounded, replay)
     if count == 1:
         head, cell = (int(at[0]) for at in np.nonzero(columns))
@@ -80,18 +95,20 @@ def _marked(
     stage, held, factor = found.residual.stage, replay.held[name], replay.factor(name)
     T, J, W = _shape(stage, found, replay.sizes)
     tokens, heads, columns = np.zeros(T, bool), np.zeros(J, bool), np.zeros((J, W), bool)
-    count, least = 0, _least(found, floors)
+    count, rest, least = 0, 0.0, _least(found, floors)
     for first, truth, dumped in compared(replay, name, held, skip, dialect):
         step = 0.0 * truth
         if dialect.result != "exact":
             step = STEP * spacing(truth / factor, dialect.result) * factor
-        bad = _bad(stage, truth, dumped, step, first, least, replay.sizes)
+        off, bad = _off(stage, truth, dumped, step, first, least, replay.sizes)
         start = first - held.first
         tokens[start : start + len(bad)] |= bad.any(axis=(1, 2))
         heads |= bad.any(axis=(0, 2))
         columns |= bad.any(axis=0)
         count += int(np.count_nonzero(bad))
-    return _Marks(tokens, heads, columns, count)
+        rest += float(np.sum(np.square(off[~bad])))
+    scale = float(found.residual.sums.scale.sum())
+    return _Marks(tokens, heads, columns, count, math.sqrt(rest / scale) if scale else 0.0)
 
 
 def _worst_slice(stage: Stage, found: Weighed, floors: Errors, replay: Replay) -> str:
@@ -130,7 +147,7 @@ def _least(found: Weighed, floors: Sequence[Errors]) -> tuple[np.ndarray, float,
     return normal * np.maximum(scale, block), SMALL * largest, found.residual.first
 
 
-def _bad(
+def _off(
     stage: Stage,
     truth: np.ndarray,
     dumped: np.ndarray,
@@ -138,8 +155,8 @@ def _bad(
     first: int,
     least: tuple[np.ndarray, float, int],
     sizes: dict[str, int],
-) -> np.ndarray:
-    """Return which values are off, [t, J, W]."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return by how much values are off, and which are too much, [t, J, W]."""
     if stage.masked:
         truth, dumped = np.tril(truth, first), np.tril(dumped, first)
     truth, dumped, step = (cells_of(stage, of, sizes["H"]) for of in (truth, dumped, step))
@@ -147,9 +164,9 @@ def _bad(
     start = first - held_from
     limit = np.maximum(normal[start : start + len(truth)], small)[:, :, None]
     with np.errstate(invalid="ignore"):
-        off = np.abs(dumped - truth) > np.maximum(limit, step)
-    clash = np.isfinite(dumped) != np.isfinite(truth)
-    return off | clash
+        off = np.abs(dumped - truth)
+        clash = np.isfinite(dumped) != np.isfinite(truth)
+        return np.where(np.isfinite(off), off, 0.0), (off > np.maximum(limit, step)) | clash
 
 
 def _tokens(tokens: np.ndarray, first: int) -> Iterator[str]:
