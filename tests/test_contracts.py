@@ -19,10 +19,11 @@ from qwenref.judge.result import Status
 from qwenref.metrics import MARGIN
 from qwenref.noise import CLASSES, DUMPED, MOST_TOKENS, WINDOW
 from qwenref.stages import ATTENTION, BY_NAME, RESIDUAL
-from qwenref.trial import explanation
+from qwenref.trial import evidence, explanation
 from qwenref.trial.dialects import BLOCKS, FLOATING
 from qwenref.trial.recovery import ALIKE, AS_GOOD
 from qwenref.trial.weight_noise import (
+    DEVIATIONS,
     FOLLOWS,
     FREE,
     HALF,
@@ -131,7 +132,16 @@ def test_the_rules_of_explaining_are_those_in_code() -> None:
     equations = load("explain-v1.yaml")["equations"]
     noise = equations["weight_noise"]["formula"]
     for limit in (MOST, STANDS_OUT, FREE, FOLLOWS, PARALLEL, HALF, TELLING, UNEVEN):
-        assert re.search(rf"(<=|>|factor|above) {limit:g}\b", noise)
+        assert re.search(rf"(<=|<= max\(|>|factor|above) ?{limit:g}\b", noise)
+    assert f"{DEVIATIONS:g} / sqrt(n)" in noise
+    dialect = equations["dialect"]["formula"]
+    for rule in (
+        f"at most {evidence.FLIPS:g} is left",
+        f"at most {evidence.FEW:g} of the rows",
+        f"at least {evidence.RARE:g} of the rows",
+        f"above {evidence.PARALLEL:g}, and {evidence.ROWS:g} deviations",
+    ):
+        assert rule in dialect
     recovered = equations["tokens_recovered"]["formula"]
     assert f"within {AS_GOOD:.0e}".replace("e-0", "e-") in recovered
     assert f"below {ALIKE:g}" in recovered
