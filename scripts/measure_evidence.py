@@ -26,6 +26,8 @@ QUANTILES = (0.0, 0.001, 0.01, 0.5, 0.99, 0.999, 1.0)
 BLOCK = 32
 WIDTHS = (3, 4, 5, 6, 8)
 
+TAKEN = "taken for rounded weights"
+
 Measured = dict[str, list[float]]
 
 
@@ -110,7 +112,7 @@ def of_weights() -> Measured:
         for field, value in looks._asdict().items():
             if field != "alike" or looks.deviation <= 0.25:
                 found.setdefault(f"{field}: {kind}", []).append(value)
-        found.setdefault(f"taken for rounded weights: {kind}", []).append(float(looks.unstructured))
+        found.setdefault(f"{TAKEN}: {kind}", []).append(float(looks.unstructured))
 
     with tempfile.TemporaryDirectory() as folder:
         for sizes, inputs, weight in products(Path(folder)):
@@ -128,6 +130,9 @@ def of_weights() -> Measured:
                 ),
             ):
                 note(kind, looks_of(truth, truth * factor, inputs, sizes))
+            if len(truth) > 1:
+                bias = np.broadcast_to(0.1 * rng.normal(size=truth.shape[1]), truth.shape)
+                note("a missing bias", looks_of(truth, bias, inputs, sizes))
     return found
 
 
@@ -135,6 +140,9 @@ def table(found: Measured) -> None:
     """Print quantiles."""
     print(f"{'':58}{'number':>8}" + "".join(f"{q:>9}" for q in QUANTILES))
     for name in sorted(found):
+        if name.startswith(TAKEN):
+            print(f"{name:58}{len(found[name]):8}{np.mean(found[name]):9.1%}")
+            continue
         values = np.quantile(np.nan_to_num(found[name], posinf=9e9), QUANTILES)
         print(f"{name:58}{len(found[name]):8}" + "".join(f"{value:9.3g}" for value in values))
 

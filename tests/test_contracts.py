@@ -27,6 +27,7 @@ from qwenref.trial.weight_noise import (
     FOLLOWS,
     FREE,
     HALF,
+    MISFIT,
     MOST,
     PARALLEL,
     STANDS_OUT,
@@ -131,7 +132,7 @@ def test_the_rules_of_comparing_are_those_in_code() -> None:
 def test_the_rules_of_explaining_are_those_in_code() -> None:
     equations = load("explain-v1.yaml")["equations"]
     noise = equations["weight_noise"]["formula"]
-    for limit in (MOST, STANDS_OUT, FREE, FOLLOWS, PARALLEL, HALF, TELLING, UNEVEN):
+    for limit in (MOST, STANDS_OUT, FREE, FOLLOWS, PARALLEL, HALF, TELLING, MISFIT, UNEVEN):
         assert re.search(rf"(<=|<= max\(|>|factor|above) ?{limit:g}\b", noise)
     assert f"{DEVIATIONS:g} / sqrt(n)" in noise
     dialect = equations["dialect"]["formula"]

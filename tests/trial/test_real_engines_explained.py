@@ -179,6 +179,17 @@ def test_quantised_weights_are_innocent(dumps: Dumps, wide: Path) -> None:
         assert (stage.added > 0.05) == (stage.stage in rounded)
 
 
+def test_a_small_bias_that_is_missing_is_not_rounded_weights(wide: Path) -> None:
+    """Its error is the same in all tokens, whatever their inputs."""
+    tokens = [87, 104, 97, 116, 32, 105, 115, 32, 50, 43, 50, 63]
+    arrays = qwenref.run(wide, tokens)._asdict()
+    del arrays["qkv_matmul"]
+    bias = np.random.default_rng(0).normal(size=arrays["qkv_bias"].shape[1])
+    arrays["qkv_bias"] = arrays["qkv_bias"] + np.float32(0.02) * bias.astype(np.float32)
+    found = qwenref.explain(arrays, model=wide, tokens=tokens)
+    assert (found.verdict, found.origins) == ("fault", ["qkv_bias"]), report(found)
+
+
 def test_quantised_weights_are_a_fault_where_they_should_be_exact(dumps: Dumps, wide: Path) -> None:
     found = qwenref.explain(dumps["apr-q4k"], model=wide, exact_weights=True)
     assert (found.verdict, found.origins) == ("fault", ["embedding", *PROJECTIONS])

@@ -50,8 +50,14 @@ DEVIATIONS = 3.0
 TELLING = 0.25
 """Standard deviation of `_alike` up to which it is evidence."""
 
+MISFIT = 0.7
+"""Of `Looks.misfit`: rounded weights 0.5 at most, a missing bias 1 unless all tokens are alike."""
+
 HALF = 0.5
 """Errors of rounded weights make `_alike` 1 on average, others 0."""
+
+OPERANDS = {"qkv_matmul": "attn_norm", "qkv_bias": "attn_norm", "attn_out": "attention"}
+"""What the products with weights are of, where nothing but a bias is added to them."""
 
 ROUNDED = ("qkv_matmul", "attn_out")
 """Stages that are products with weights."""
@@ -84,7 +90,7 @@ def weight_noise(replay: Replay, name: str, skip: Skip, floors: Errors) -> Noise
     if axis or not np.isfinite(error).all():
         return None  # behind the softmax errors are not linear any more
     truth, error = (of.reshape(len(of), -1) for of in (truth, error))
-    inputs = _inputs(replay, name, skip) if products == [name] else None
+    inputs = _inputs(replay, name, skip) if len(products) == 1 and not embedded else None
     bits = {}
     for tensor, columns in _tensors(replay, name, embedded=embedded, products=products).items():
         of = truth[:, columns], error[:, columns]
@@ -99,7 +105,7 @@ def weight_noise(replay: Replay, name: str, skip: Skip, floors: Errors) -> Noise
 def _inputs(replay: Replay, name: str, skip: Skip) -> np.ndarray | None:
     """Return the operand [T, I] of a product with weights."""
     held = replay.held[name]
-    before = {"qkv_matmul": "attn_norm", "attn_out": "attention"}[name]
+    before = OPERANDS.get(name, "")
     source = replay.held.get(before)
     if source is None or before in skip or source.first > held.first:
         return None
@@ -134,6 +140,7 @@ class Looks(NamedTuple):
         alike: Slope of the cosines of tokens' errors against those of their inputs, over all pairs:
             1 if dW is random, 0 if errors of tokens have nothing in common. 0 if unknown.
         deviation: The standard deviation of that.
+        misfit: Rms difference of those cosines: 1 if all tokens have the same error.
         values: How many independent ones there are: equal tokens have equal errors.
     """
 
@@ -146,6 +153,7 @@ class Looks(NamedTuple):
     parallel: float
     alike: float
     deviation: float
+    misfit: float
     values: float
 
     @property
@@ -161,6 +169,7 @@ class Looks(NamedTuple):
             and self.follows <= max(FOLLOWS, by_chance)
             and abs(self.parallel) <= max(PARALLEL, by_chance)
             and (self.deviation > TELLING or self.alike > HALF)
+            and self.misfit <= MISFIT
         )
 
 
@@ -185,7 +194,7 @@ def looks_of(
     channels = np.sqrt(np.mean(np.square(error), axis=0))
     norms = np.linalg.norm(error) * np.linalg.norm(truth)
     tokens = np.count_nonzero(error.any(axis=1))
-    alike, deviation = (0.0, np.inf) if inputs is None else _alike(error, inputs)
+    alike, deviation, misfit = (0.0, np.inf, 0.0) if inputs is None else _alike(error, inputs)
     return Looks(
         size=relative,
         most=max(parts) / size,
@@ -196,17 +205,19 @@ def looks_of(
         parallel=float(np.vdot(error, truth) / norms),
         alike=alike,
         deviation=deviation,
+        misfit=misfit,
         values=error.shape[1] * tokens**2 / float(np.sum(np.square(_cosines(error)))),
     )
 
 
-def _alike(error: np.ndarray, inputs: np.ndarray) -> tuple[float, float]:
-    """Return `Looks.alike` and its standard deviation."""
+def _alike(error: np.ndarray, inputs: np.ndarray) -> tuple[float, float, float]:
+    """Return `Looks.alike`, its standard deviation, and `Looks.misfit`."""
     a, b = (_cosines(of)[np.triu_indices(len(of), 1)] for of in (error, inputs))
     total = float(np.vdot(b, b))
     if not total:
-        return 0.0, np.inf
-    return float(np.vdot(a, b)) / total, float(np.sqrt(1 / (error.shape[1] * total)))
+        return 0.0, np.inf, _rms(a) if a.size else 0.0
+    deviation = float(np.sqrt(1 / (error.shape[1] * total)))
+    return float(np.vdot(a, b)) / total, deviation, _rms(a - b)
 
 
 def _cosines(rows: np.ndarray) -> np.ndarray:
