@@ -148,7 +148,7 @@ def _held(replay: Replay, name: str, held_in: str) -> Runs:
     stored = held.stored.at(replay.positions)
     stored = np.where(np.isfinite(stored), stored, 0.0)
     draws = np.stack([stored] * replay.draws)
-    if held_in != "exact":
+    if held_in != "exact" and not replay.is_table(name):
         unknown = generator(name, held_in).uniform(-0.5, 0.5, draws.shape)
         draws += unknown * spacing(stored, held_in)
     value, draws = stored * held.factor, draws * held.factor

@@ -184,7 +184,7 @@ def _difference(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Fou
 
 def _rounded_dumps(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
     """Dumps rounded when they were written, after the engine had used their values."""
-    read = replay.reads(name, skip)
+    read = {of for of in replay.reads(name, skip) if not replay.is_table(of)}
     for narrow in NARROW:
         if not read or not all(all_fit(replay, each, narrow) for each in read):
             continue

@@ -188,12 +188,12 @@ class Replay:
 
     def _unrounded(self, name: str, span: Span, skip: Skip, dialect: Dialect) -> np.ndarray:
         if dialect.flash and name == "attention":
-            q = self._rows("q_post_rope", span, skip, dialect)
+            q = self.rows("q_post_rope", span, skip, dialect)
             k, v = (self._keys(each, skip, dialect) for each in ("k_post_rope", "qkv_bias"))
             return flash_attention(q, k, v, span.start)
         stage = BY_NAME[name]
         first, *keyed = stage.computed_from
-        given = [self._rows(first, span, skip, dialect)]
+        given = [self.rows(first, span, skip, dialect)]
         given += [self._keys(each, skip, dialect) for each in keyed]
         given = dialect.rounded_inputs(given)
         position: tuple[object, ...] = ()
@@ -233,7 +233,7 @@ class Replay:
         """Return whether a dump has the tokens that are needed: of keys all of them."""
         return self.holds(name, skip) and not (keyed and self.held[name].first)
 
-    def _rows(self, name: str, span: Span, skip: Skip, dialect: Dialect) -> np.ndarray:
+    def rows(self, name: str, span: Span, skip: Skip, dialect: Dialect) -> np.ndarray:
         """Return what is held of a stage, for other tokens what it is computed from."""
         held = self.held[name] if self.holds(name, skip) else None
         if held is not None and held.first <= span.start:
@@ -253,7 +253,7 @@ class Replay:
         if key not in self._known:
             width = self.sizes["K"] * self.sizes["H"] if BY_NAME[name].blocks else 0
             parts = [
-                self._rows(name, span, skip, dialect)[span.first - span.start :, ..., -width:]
+                self.rows(name, span, skip, dialect)[span.first - span.start :, ..., -width:]
                 for span in self.spans
             ]
             self._known[key] = np.concatenate(parts)
@@ -322,6 +322,18 @@ class Replay:
             precision = Precision("float64", {"stored": "exact", **formats})
             self._layers[key] = Attention(self.config, self._weights, precision)
         return self._layers[key]
+
+    def is_table(self, name: str) -> bool:
+        """Return whether what is held are rows of the embedding table, as the oracle has them."""
+        held = self.held.get(name)
+        if name != RESIDUAL or held is None or self._entering is None:
+            return False
+        return all(
+            np.array_equal(held.rows(first, span.stop), self.table_rows(slice(first, span.stop)))
+            for span in self.spans
+            for first in [max(span.first, held.first)]
+            if first < span.stop
+        )
 
     def table_rows(self, tokens: slice | np.ndarray) -> np.ndarray:
         """Return some rows of what enters the layer, as the oracle has it."""

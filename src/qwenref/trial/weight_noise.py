@@ -6,13 +6,14 @@ equal); no token, head or channel is free of them, and none has far more than ot
 is that of the token's input and of the weights, not of the value that they sit on.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from qwenref.metrics import MARGIN, Errors
-from qwenref.stages import RESIDUAL
+from qwenref.stages import BY_NAME, RESIDUAL
+from qwenref.trial.dialects import EXACT
 from qwenref.trial.replay import Replay, Skip
 from qwenref.trial.residual import compared
 
@@ -56,9 +57,6 @@ MISFIT = 0.7
 HALF = 0.5
 """Errors of rounded weights make `_alike` 1 on average, others 0."""
 
-OPERANDS = {"qkv_matmul": "attn_norm", "qkv_bias": "attn_norm", "attn_out": "attention"}
-"""What the products with weights are of, where nothing but a bias is added to them."""
-
 ROUNDED = ("qkv_matmul", "attn_out")
 """Stages that are products with weights."""
 
@@ -90,40 +88,65 @@ def weight_noise(replay: Replay, name: str, skip: Skip, floors: Errors) -> Noise
     if axis or not np.isfinite(error).all():
         return None  # behind the softmax errors are not linear any more
     truth, error = (of.reshape(len(of), -1) for of in (truth, error))
-    inputs = _inputs(replay, name, skip) if len(products) == 1 and not embedded else None
-    bits = {}
-    for tensor, columns in _tensors(replay, name, embedded=embedded, products=products).items():
-        of = truth[:, columns], error[:, columns]
-        if not of[1].any() or _is_normal(*of, floors):
+    biased = name == "qkv_bias" and products
+    product = truth - replay.bias(EXACT) if biased else truth
+    bits: dict[str, float] = {}
+    for part in _parts(replay, name, skip, products):
+        off = error[:, part.columns]
+        if not off.any() or _is_normal(truth[:, part.columns], off, floors):
             continue
-        if not of[0].any() or not looks_of(*of, inputs, replay.sizes).unstructured:
+        of = product[:, part.columns]
+        if not of.any() or not looks_of(of, off, part.inputs, replay.sizes).unstructured:
             return None
-        bits[tensor] = _bits(*of)
+        bits[part.tensor] = min(_bits(of, off), bits.get(part.tensor, np.inf))
     return Noise(bits)
 
 
-def _inputs(replay: Replay, name: str, skip: Skip) -> np.ndarray | None:
-    """Return the operand [T, I] of a product with weights."""
-    held = replay.held[name]
-    before = OPERANDS.get(name, "")
-    source = replay.held.get(before)
-    if source is None or before in skip or source.first > held.first:
-        return None
-    return source.rows(held.first, replay.sizes["T"])
+class _Part(NamedTuple):
+    """Which tensor makes some columns, and of which operand [T, I], if that is known."""
+
+    tensor: str
+    columns: slice
+    inputs: np.ndarray | None = None
 
 
-def _tensors(replay: Replay, name: str, *, embedded: bool, products: list[str]) -> dict[str, slice]:
-    """Return which columns are made by which tensor."""
+def _parts(replay: Replay, name: str, skip: Skip, products: Sequence[str]) -> Iterator[_Part]:
     N, K, H = (replay.sizes[letter] for letter in "NKH")
-    if name in ("qkv_matmul", "qkv_bias") and "qkv_matmul" in products:
-        return {
-            "q": slice(0, N * H),
-            "k": slice(N * H, (N + K) * H),
-            "v": slice((N + K) * H, None),
-        }
-    if name in ("q_post_rope", "k_post_rope") and "qkv_matmul" in products:
-        return {name[0]: slice(None)}
-    return {"o" if name == "attn_out" else "embedding": slice(None)}
+    first = replay.held[name].first
+    if name in ("qkv_matmul", "qkv_bias") and products:
+        x = _rows(replay, "attn_norm", skip)[first:]
+        yield _Part("q", slice(0, N * H), x)
+        yield _Part("k", slice(N * H, (N + K) * H), x)
+        yield _Part("v", slice((N + K) * H, None), x)
+    elif name in ("q_post_rope", "k_post_rope") and products:
+        yield _Part(name[0], slice(None))
+    elif name == "attention" and products:
+        bridged = {"q_post_rope", "k_post_rope"} & replay.bridges(name, skip)
+        if bridged or len(replay.spans) > 1:  # not by v alone; or too much to hold
+            yield _Part("v", slice(None))
+            return
+        x, p = (_rows(replay, of, skip) for of in ("attn_norm", "attn_softmax"))
+        for head in range(N):
+            yield _Part("v", slice(head * H, (head + 1) * H), p[head, first:] @ x)
+    elif name == "attn_out":
+        alone = [*products] == [name]
+        yield _Part("o", slice(None), _rows(replay, "attention", skip)[first:] if alone else None)
+    else:
+        yield _Part("embedding", slice(None))
+
+
+def _rows(replay: Replay, name: str, skip: Skip) -> np.ndarray:
+    """Return all tokens of a stage, as held or computed."""
+    axis = BY_NAME[name].axes.index("T")
+    return np.concatenate(
+        [
+            replay.rows(name, span, skip, EXACT).take(
+                range(span.first - span.start, span.stop - span.start), axis
+            )
+            for span in replay.spans
+        ],
+        axis=axis,
+    )
 
 
 class Looks(NamedTuple):
