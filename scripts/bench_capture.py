@@ -66,17 +66,9 @@ def main() -> None:
         for _, case in itertools.product(range(asked.repeats), cases):
             T, dtype, stages, piece = case
             ids.write_text(str([token % 300 for token in range(T)]))
-            options = [
-                "capture",
-                "-q",
-                "--model",
-                asked.model,
-                "--tokens",
-                f"@{ids}",
-                "--stages",
-                stages,
-            ]
-            options += ["--dtype", dtype, "-o", f"{scratch}/dump", "--force", "--no-noise"]
+            options = ["capture", "-q", "--model", asked.model, "--tokens", f"@{ids}"]
+            options += ["--stages", stages, "--dtype", dtype]
+            options += ["-o", f"{scratch}/dump", "--force", "--no-noise"]
             found[case].append(measure(options, piece << 20))
     print("tokens  dtype    stages    MiB  seconds (min to max)   peak MB")
     for (T, dtype, stages, piece), runs in found.items():

@@ -54,8 +54,8 @@ def test_only_the_layers_weights_and_what_a_piece_needs_are_held(
     model, output, ids = tmp_path / "model", tmp_path / "dump", tmp_path / "ids"
     write(model, shape, dtype=stored)
     ids.write_text(f"{[9] * T}")
-    options = ["--model", str(model), "-o", str(output), "--tokens", f"@{ids}"]
-    options += ["--dtype", computed, "--stages", stages, "--force"]
+    options = ["capture", "-q", "--model", str(model), "--tokens", f"@{ids}", "--stages", stages]
+    options += ["--dtype", computed, "-o", str(output), "--force"]
     peak = measure([*options, "--no-noise"]).bytes
     config = Checkpoint(model).config
     values = sum(math.prod(tensor.shape) for tensor in attention_tensors(config, 0).values())

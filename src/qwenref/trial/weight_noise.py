@@ -216,7 +216,7 @@ def looks_of(
     parts = [*map(_rms, by_head), *map(_rms, by_head.swapaxes(0, 1))]
     channels = np.sqrt(np.mean(np.square(error), axis=0))
     norms = np.linalg.norm(error) * np.linalg.norm(truth)
-    tokens = np.count_nonzero(error.any(axis=1))
+    tokens = int(np.count_nonzero(error.any(axis=1)))
     alike, deviation, misfit = (0.0, np.inf, 0.0) if inputs is None else _alike(error, inputs)
     return Looks(
         size=relative,
