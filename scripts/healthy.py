@@ -22,12 +22,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from honest_engines import NARROW, Array, Habits, HonestEngine, draw_habits, rounded
-from make_tiny_checkpoint import Shape, write
 from safetensors.numpy import load_file, save_file
 
 import qwenref
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import AttentionWeights, read_attention, read_embedding
 from qwenref.stages import ATTENTION, BY_NAME
 from qwenref.trial.explanation import Explanation

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import numpy as np
 from capture_hf import load, stages_of
-from make_tiny_checkpoint import Shape, write
 from transformers.utils import logging
 
 from qwenref.judge.floors import generic_floors
 from qwenref.model.config import read_config
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.stages import ATTENTION
 
 T = 30

@@ -20,7 +20,6 @@ from pathlib import Path
 import jax
 import msgspec
 import numpy as np
-from make_tiny_checkpoint import Shape, write
 from measure_margin import CASES, Case, weights_of
 
 from qwenref.chain import chain_pieces
@@ -29,6 +28,7 @@ from qwenref.metrics import Errors
 from qwenref.model import precision
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import AttentionWeights, read_embedding
 from qwenref.noise import noise_floor
 from qwenref.stages import ATTENTION, BY_NAME

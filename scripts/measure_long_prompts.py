@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-from make_tiny_checkpoint import Shape, write
 
 import qwenref
 from qwenref.metrics import errors_of, for_all_tokens, sums_of, worst_of
 from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import read_attention, read_embedding
 from qwenref.noise import noise_floor
 from qwenref.stages import ATTENTION

@@ -18,13 +18,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from honest_engines import HonestEngine, draw_habits
-from make_tiny_checkpoint import Shape, write
 
 from qwenref.dumps.manifest import Noise
 from qwenref.metrics import errors_of, for_all_tokens, sums_of, worst_of
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.precision import PRECISIONS
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import AttentionWeights, read_attention, read_embedding
 from qwenref.noise import CLASSES, noise_floor
 from qwenref.stages import ATTENTION, RESIDUAL, Stage

@@ -10,7 +10,8 @@ import jax
 import pytest
 from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
-from make_tiny_checkpoint import Shape, write
+
+from qwenref.model.random_checkpoint import Shape, write
 
 install_import_hook("qwenref", "beartype.beartype")  # before the first import of qwenref
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 from comparison import NOISE, worst
 from helpers import ROOT, TINY, attention_of, replay
-from make_tiny_checkpoint import Shape, write
 
 import qwenref
 from qwenref.capture import capture
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.precision import Precision
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import read_embedding
 from qwenref.oracle import computing
 from qwenref.stages import ATTENTION, EMBEDDING

@@ -12,7 +12,6 @@ import torch
 from capture_hf import load, stages_of
 from comparison import NOISE, worst
 from helpers import TINY, Tensors, attention_of, change_tensors, replay
-from make_tiny_checkpoint import Shape, write
 from torch.nn import functional
 from transformers.models.qwen2 import modeling_qwen2
 
@@ -20,6 +19,7 @@ import qwenref
 from qwenref import chain
 from qwenref.chain import chain_pieces
 from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import read_embedding
 from qwenref.oracle import computing
 from qwenref.stages import ATTENTION

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import TINY, Cli
-from make_tiny_checkpoint import Shape
 from safetensors.numpy import load_file, save_file
+
+from qwenref.model.random_checkpoint import Shape
 
 SHAPE = Shape(84, 6, 2, intermediate_size=16, num_hidden_layers=2, vocab_size=320)
 INDEX = "model.safetensors.index.json"

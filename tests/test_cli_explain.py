@@ -75,6 +75,7 @@ def test_quiet_prints_the_last_lines(explain: Cli) -> None:
     assert status == 1
     assert [line.partition(":")[0] for line in out.splitlines()] == [
         "FAULT",
+        "Cause",
         "Your engine computes",
     ]
 
@@ -108,7 +109,7 @@ def test_exact_weights(explain: Cli) -> None:
 
 
 def wide(name: str) -> Path:
-    from make_tiny_checkpoint import Shape, write
+    from qwenref.model.random_checkpoint import Shape, write
 
     write(Path(name), Shape(256, 4, 2, 512, 2, 320, seed=26))
     return Path(name)

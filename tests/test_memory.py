@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bench_capture import measure
-from make_tiny_checkpoint import FAMILY, Shape, write
 
 from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.random_checkpoint import FAMILY, Shape, write
 from qwenref.model.weights import attention_tensors
 
 BASELINE = 350e6

@@ -14,7 +14,6 @@ import msgspec
 import numpy as np
 import pytest
 from helpers import ROOT, TINY, Cli, attention_of, change_tensors, replay
-from make_tiny_checkpoint import Shape, write
 from measure_margin import CASES, Prompt
 
 import qwenref
@@ -23,6 +22,7 @@ from qwenref.capture import capture
 from qwenref.dumps.manifest import Manifest, Noise
 from qwenref.metrics import MARGIN, Errors, errors_of, for_all_tokens, sums_of, worst_of
 from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import read_attention, read_embedding
 from qwenref.noise import CLASSES, noise_floor, sampled
 from qwenref.oracle import computing

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT
-from make_tiny_checkpoint import Shape, write
+
+from qwenref.model.random_checkpoint import Shape, write
 
 README = (ROOT / "README.md").read_text()
 DIFF = (ROOT / "docs" / "diff.md").read_text()

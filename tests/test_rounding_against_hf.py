@@ -16,10 +16,10 @@ import pytest
 from capture_hf import Arrays, load, stages_of
 from comparison import rel_l2
 from helpers import TINY, Cli, Tensors, attention_of, change_tensors, replay
-from make_tiny_checkpoint import Shape, write
 
 import qwenref
 from qwenref.model.precision import PRECISIONS, RESULTS, Precision
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.oracle import computing
 from qwenref.stages import ATTENTION
 

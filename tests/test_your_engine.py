@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from make_tiny_checkpoint import Shape, write
 from safetensors.numpy import load_file
 
 import qwenref
+from qwenref.model.random_checkpoint import Shape, write
 
 TOKENS = [87, 104, 97, 116, 32, 105, 115]
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from make_tiny_checkpoint import Shape, write
 from measure_generic_floor import LENGTHS, SCORES_RMS, scores_rms
 
 from qwenref.dumps.manifest import Noise
@@ -14,6 +13,7 @@ from qwenref.files import parse_json
 from qwenref.judge.floors import BLIND, GENERIC_FILE, PRECISIONS, Floors, Generic, generic_floors
 from qwenref.metrics import MARGIN, Errors, for_all_tokens
 from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import read_attention, read_embedding
 from qwenref.noise import noise_floor
 from qwenref.stages import ATTENTION, Stage

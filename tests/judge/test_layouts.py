@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from helpers import ROOT, TINY
-from make_tiny_checkpoint import Shape, config_json
 
 import qwenref
 from qwenref.capture import capture
 from qwenref.judge.report import report
 from qwenref.judge.result import Result, StageResult
+from qwenref.model.random_checkpoint import Shape, config_json
 from qwenref.stages import ATTENTION, BY_NAME, Stage
 
 DATA = ROOT / "tests" / "data"

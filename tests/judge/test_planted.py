@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import ROOT, TINY, change_tensors
-from make_tiny_checkpoint import Shape, write
 
 import qwenref
 from qwenref.capture import capture
@@ -18,6 +17,7 @@ from qwenref.judge.floors import BLIND, PRECISIONS
 from qwenref.judge.report import report
 from qwenref.judge.result import Result, StageResult
 from qwenref.metrics import MARGIN
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.stages import ATTENTION, BY_NAME, EMBEDDING, Stage
 
 DATA = ROOT / "tests" / "data"

@@ -15,7 +15,6 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
-from make_tiny_checkpoint import Shape, config_json
 
 import qwenref
 from qwenref.errors import QwenrefError
@@ -24,6 +23,7 @@ from qwenref.judge.measure import Options
 from qwenref.judge.measurement import Pair
 from qwenref.judge.report import report
 from qwenref.judge.result import Result, StageResult
+from qwenref.model.random_checkpoint import Shape, config_json
 from qwenref.stages import ATTENTION, BY_NAME, Stage
 
 CHAIN = [stage.name for stage in ATTENTION]

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from engines import DATA, FAULTY, Dumps, captured_from_hf
 from helpers import TINY
-from make_tiny_checkpoint import Shape, write
 
 import qwenref
 from qwenref.capture import capture
 from qwenref.judge.floors import PRECISIONS
 from qwenref.judge.report import report
 from qwenref.judge.result import Result, StageResult
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.stages import ATTENTION
 
 CHAIN = [stage.name for stage in ATTENTION]

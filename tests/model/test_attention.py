@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from comparison import rel_l2
 from helpers import TINY, Tensors, attention_of, change_tensors
-from make_tiny_checkpoint import Shape, write
 from safetensors.numpy import load_file
 
 import qwenref
@@ -21,6 +20,7 @@ from qwenref.dumps.manifest import UsedConfig
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.precision import PRECISIONS
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import EMBEDDING, attention_tensors, read_attention, read_embedding
 from qwenref.oracle import Stages, computing
 from qwenref.stages import ATTENTION

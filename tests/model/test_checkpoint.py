@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_tiny_checkpoint import Shape, write
 from safetensors.numpy import load_file, save_file
 
 from qwenref.errors import QwenrefError
 from qwenref.model import checkpoint as module
 from qwenref.model.checkpoint import CHUNK, INDEX, INDEX_LIMIT, SINGLE, Checkpoint
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import attention_tensors, read_attention, read_embedding
 
 SHAPE = Shape(84, 6, 2, intermediate_size=16, num_hidden_layers=2, vocab_size=320)

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_tiny_checkpoint import FAMILY, config_json
 
 from qwenref.errors import QwenrefError
 from qwenref.model.config import CONFIG_LIMIT, Config, read_config
+from qwenref.model.random_checkpoint import FAMILY, config_json
 
 PUBLISHED: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],

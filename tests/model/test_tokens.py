@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from make_tiny_checkpoint import BUNDLED
 
+from qwenref.bundled import tiny_checkpoint
 from qwenref.errors import QwenrefError
 from qwenref.model.tokens import (
     DEFAULT_PROMPT,
@@ -22,6 +22,8 @@ from qwenref.model.tokens import (
     encode,
     parse_tokens,
 )
+
+BUNDLED = tiny_checkpoint()
 
 WHAT_IS = [87, 104, 97, 116, 32, 105, 115, 32, 50, 43, 50, 63]
 """The ids of "What is 2+2?" in the bundled checkpoint, whose tokenizer gives a token to a byte."""

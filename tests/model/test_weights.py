@@ -8,12 +8,12 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from make_tiny_checkpoint import Shape, config_json, write
 from safetensors.numpy import load_file, save_file
 
 from qwenref.errors import QwenrefError
 from qwenref.model import checkpoint as checkpoint_module
 from qwenref.model.checkpoint import INDEX, SINGLE, Checkpoint
+from qwenref.model.random_checkpoint import Shape, config_json, write
 from qwenref.model.weights import (
     AttentionWeights,
     attention_tensors,

@@ -20,12 +20,12 @@ import numpy as np
 import pytest
 from helpers import TINY
 from honest_engines import Habits, HonestEngine, rounded
-from make_tiny_checkpoint import Shape, write
 
 import qwenref
 from qwenref.dumps.manifest import Noise
 from qwenref.metrics import MARGIN, errors_of, for_all_tokens, sums_of, worst_of
 from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import read_attention, read_embedding
 from qwenref.noise import noise_floor
 from qwenref.stages import ATTENTION, BY_NAME, RESIDUAL, Stage

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from engines import FAULTY, Dumps
 from helpers import TINY, Tensors, change_tensors
-from make_tiny_checkpoint import Shape, write
 
 import qwenref
 from qwenref.metrics import MARGIN
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.stages import ATTENTION
 from qwenref.trial.explanation import Explanation, StageExplained
 from qwenref.trial.words import report

@@ -12,10 +12,18 @@ import numpy as np
 from qwenref.stages import RESIDUAL
 from qwenref.trial.explanation import Status
 from qwenref.trial.held import Held
-from qwenref.trial.laying_out import CLEARLY, lay_out, lay_out_by_consumers
+from qwenref.trial.laying_out import (
+    CLEARLY,
+    SIBLINGS,
+    lay_out,
+    lay_out_by_consumers,
+    lay_out_siblings,
+)
+from qwenref.trial.naming import Naming, name_cause
 from qwenref.trial.precision import Account, account_of
 from qwenref.trial.replay import CHAIN, NOTHING, Replay, Skip
 from qwenref.trial.residual import compared
+from qwenref.trial.tensors import Tensors
 from qwenref.trial.weight_noise import weight_noise
 
 
@@ -30,6 +38,7 @@ class Standing:
         account: How it was held to what it was computed from; None if it could not be.
         skip: Whose dumps were passed over for that.
         bits: Of weights that are rounded, if that explains it.
+        naming: The mistakes that explain it, if it is wrong.
     """
 
     name: str
@@ -38,6 +47,7 @@ class Standing:
     account: Account | None = None
     skip: Skip = NOTHING
     bits: dict[str, float] = field(default_factory=dict)
+    naming: Naming | None = None
 
 
 class Trial:
@@ -54,6 +64,7 @@ class Trial:
         ways: Mapping[str, Sequence[Held]],
         leaving: Held | None = None,
         *,
+        tensors: Tensors,
         exact_weights: bool,
     ):
         """Judge.
@@ -62,9 +73,10 @@ class Trial:
             replay: It holds nothing yet.
             ways: How each dumped stage may be read.
             leaving: The stream after attn_out was added to it, if that was dumped.
+            tensors: What else the engine may have taken.
             exact_weights: Whether rounded weights are a fault.
         """
-        self._leaving, self._ways = leaving, ways
+        self._leaving, self._ways, self._tensors = leaving, ways, tensors
         self.replay = replay
         self.standings = {name: Standing(name) for name in CHAIN}
         self._exact_weights = exact_weights
@@ -72,12 +84,13 @@ class Trial:
         for name in CHAIN:
             if name in ways:
                 lay_out(replay, name, ways[name])
-        for name in CHAIN:
+        for name in reversed(CHAIN):  # what follows decides what a stage is
             if name in ways and replay.can(name) and self._may_be_misread(name):
                 held = replay.held[name]
                 lay_out_by_consumers(replay, name, ways[name], self.consumers(name))
                 if replay.held[name] is not held:
                     self._known.clear()
+        self._lay_out_siblings()
         distrusted = NOTHING
         for name in CHAIN:
             if name in replay.held:
@@ -85,6 +98,18 @@ class Trial:
                 if standing.status == "dumped_wrong":
                     distrusted |= {name}
                     self._lay_out_after(name, distrusted)
+
+    def _lay_out_siblings(self) -> None:
+        """Lay out q and k together, if both are wrong and do not make the scores."""
+        shared = [*set(self.consumers("q_post_rope")) & set(self.consumers("k_post_rope"))]
+        wrong = [
+            name
+            for name in SIBLINGS
+            if name in self._ways and self.replay.can(name) and not self._right(name, NOTHING)
+        ]
+        if len(wrong) == 2 and shared and not any(self._right(of, NOTHING) for of in shared):
+            lay_out_siblings(self.replay, self._ways, shared)
+            self._known.clear()
 
     def _lay_out_after(self, name: str, distrusted: Skip) -> None:
         """Lay out again what a wrong file may have misled about."""
@@ -125,6 +150,11 @@ class Trial:
                 "told whether that is a convention"
             )
             return standing
+        if bits and not self._exact_weights:
+            naming = name_cause(self.replay, self._tensors, name, skip)
+            if naming.causes:  # that is more than a likeness
+                standing.status, standing.naming, standing.bits = "added", naming, {}
+                return standing
         if bits is not None and not (bits and self._exact_weights):
             if account.weighed.blind:
                 standing.status = "blind"
@@ -137,6 +167,7 @@ class Trial:
                 f"nothing explains it, but roundings in {between}, which cannot be read, might"
             )
             return standing
+        standing.naming = name_cause(self.replay, self._tensors, name, skip)
         wrong = self._dumped_wrong(name, skip)
         standing.status = "dumped_wrong" if wrong else "added"
         return standing

@@ -6,15 +6,16 @@ and those of attention to the type of the KV cache; transformers rounds every re
 (modeling_qwen2.py); a GPU may round operands to TF32.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
+from qwenref.model.formats import in_format
 from qwenref.model.precision import RESULTS
 from qwenref.stages import RESIDUAL
-from qwenref.trial.formats import in_format
 
 NARROW = ("bfloat16", "float16")
 """Formats of results and of whole dumps, in the order in which they are tried."""
@@ -49,6 +50,18 @@ Formats = tuple[tuple[str, str], ...]
 """Rounding points and the format at each."""
 
 
+class Override(NamedTuple):
+    """A stage that is computed otherwise: by mistake.
+
+    Attributes:
+        stage: Which.
+        compute: Of a replay, the span, whose dumps are not read, the dialect, and the inputs.
+    """
+
+    stage: str
+    compute: Callable[..., np.ndarray]
+
+
 @dataclass(frozen=True)
 class Dialect:
     """One honest choice.
@@ -67,6 +80,7 @@ class Dialect:
         minus_bias: Whether qkv_matmul is taken as output minus bias.
         then: The format of that difference.
         estimated: Whether it cannot be executed: only how much error it makes is known.
+        override: A mistake, in this stage or on the way to it.
     """
 
     id: str
@@ -81,6 +95,7 @@ class Dialect:
     minus_bias: bool = False
     then: str = "exact"
     estimated: bool = False
+    override: Override | None = None
 
     @property
     def rounds_unseen(self) -> bool:
@@ -90,7 +105,7 @@ class Dialect:
     @property
     def on_the_way(self) -> "Dialect":
         """How stages are computed that this one takes and that are not held."""
-        return replace(EXACT, formats=self.formats, flash=self.flash)
+        return replace(EXACT, formats=self.formats, flash=self.flash, override=self.override)
 
     @property
     def of_output(self) -> "Dialect":

@@ -25,11 +25,12 @@ from qwenref.trial.case import (
     ways_of,
 )
 from qwenref.trial.checks import checks
-from qwenref.trial.explanation import Explanation
+from qwenref.trial.explanation import Cause, Explanation
 from qwenref.trial.findings import WRONG, explained_stages, weight_noise_of
 from qwenref.trial.held import Held
 from qwenref.trial.recovery import in_words, recovered_tokens, without_weight
 from qwenref.trial.replay import Replay
+from qwenref.trial.tensors import Tensors
 from qwenref.trial.words import summary_of, verdict_of
 
 
@@ -113,7 +114,8 @@ def _explained(case: Case, weights: AttentionWeights | None, *, exact_weights: b
     replay = Replay(case.config, weights, T, entering)
     ways = ways_of(own, case.layer, replay.sizes)
     leaving = leaving_of(case.dump, case.layer, replay.sizes)
-    trial = Trial(replay, ways, leaving, exact_weights=exact_weights)
+    tensors = Tensors(case.config, weights, case.checkpoint, case.layer)
+    trial = Trial(replay, ways, leaving, tensors=tensors, exact_weights=exact_weights)
     misfits = misfits_of(own, case.layer, replay)
     found = checks(replay.held, replay.sizes)
     answer = msgspec.structs.replace(
@@ -123,7 +125,19 @@ def _explained(case: Case, weights: AttentionWeights | None, *, exact_weights: b
         weight_noise=weight_noise_of(trial),
         tokens_recovered=_recovered(case, weights, trial),
     )
-    return _concluded(answer)
+    return _concluded(_with_tokens_named(answer))
+
+
+def _with_tokens_named(answer: Explanation) -> Explanation:
+    """Name other tokens as the cause of the first stage that is wrong."""
+    if answer.tokens_recovered is None:
+        return answer
+    words = in_words(answer.tokens_recovered, answer.tokens or [])
+    cause = Cause("tokens", f"other tokens: {words}", None)
+    first = next(at for at, of in enumerate(answer.stages) if of.status in WRONG)
+    named = msgspec.structs.replace(answer.stages[first], cause=cause, nearest=None)
+    stages = [*answer.stages[:first], named, *answer.stages[first + 1 :]]
+    return msgspec.structs.replace(answer, stages=stages)
 
 
 def _concluded(answer: Explanation) -> Explanation:

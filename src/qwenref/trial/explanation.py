@@ -24,11 +24,11 @@ class Named(msgspec.Struct, frozen=True):
 
 
 class Cause(msgspec.Struct, frozen=True):
-    """A mistake that reproduces a stage, and the relative L2 that it leaves."""
+    """A mistake that reproduces a stage, and the relative L2 that it leaves (of tokens: None)."""
 
     id: str
     text: str
-    error_after: float
+    error_after: float | None
 
 
 class Hidden(msgspec.Struct, frozen=True):
@@ -94,6 +94,7 @@ class StageExplained(msgspec.Struct, frozen=True):
         bridged: The stages without a usable dump that were computed on the way.
         dialects: Honest choices that explain it, equally well.
         cause: The mistake that reproduces it.
+        nearest: If none does: one that leaves a tenth of the error at most.
         equivalent: Mistakes that cannot be told from that one here.
         hidden: A mistake below the noise.
     """
@@ -114,6 +115,7 @@ class StageExplained(msgspec.Struct, frozen=True):
     bridged: list[str] = []
     dialects: list[DialectFound] = []
     cause: Cause | None = None
+    nearest: Cause | None = None
     equivalent: list[Named] = []
     hidden: Hidden | None = None
 

@@ -1,6 +1,7 @@
 """From the standing of each stage to what is reported of it."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import msgspec
 
@@ -10,13 +11,16 @@ from qwenref.stages import EMBEDDING, RESIDUAL
 from qwenref.trial.blame import Standing, Trial
 from qwenref.trial.dialects import NARROW
 from qwenref.trial.explanation import (
+    Cause,
     Check,
     DialectFound,
+    Named,
     StageExplained,
     Status,
     WeightNoise,
     WorstSlice,
 )
+from qwenref.trial.naming import Found, Naming
 from qwenref.trial.pattern import pattern_of
 from qwenref.trial.precision import all_fit
 from qwenref.trial.replay import CHAIN
@@ -116,7 +120,24 @@ def _stage(trial: Trial, standing: Standing, status: Status, reason: str | None)
             DialectFound(of.dialect.id, of.dialect.text, of.error_after)
             for of in standing.account.choices
         ],
+        **_causes(standing.naming),
     )
+
+
+def _causes(naming: Naming | None) -> dict[str, Any]:
+    """Return the fields that name a mistake."""
+    if naming is None or not (naming.causes or naming.nearest):
+        return {}
+    if naming.nearest is not None:
+        return {"nearest": _cause(naming.nearest)}
+    best, *others = naming.causes
+    names = dict.fromkeys(Named(of.mistake.id, of.text) for of in others)
+    names.pop(Named(best.mistake.id, best.text), None)
+    return {"cause": _cause(best), "equivalent": [*names]}
+
+
+def _cause(of: Found) -> Cause:
+    return Cause(of.mistake.id, of.text, of.error_after)
 
 
 def _in_order(names: set[str]) -> list[str]:

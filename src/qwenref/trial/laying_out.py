@@ -7,6 +7,7 @@ from it decide, and what its sibling (k for q) is laid out as.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
@@ -59,7 +60,10 @@ def lay_out(replay: Replay, name: str, ways: Sequence[Held], skip: Skip = NOTHIN
         replay.hold(name, ways[0])
         return
     least = min(errors)
-    replay.hold(name, ways[errors.index(least)] if least < CLEARLY * errors[0] else ways[0])
+    best = ways[errors.index(least)]
+    odd = best.first != ways[0].first or row_of(name).masked  # tokens and keys for each other
+    meant = least < CLEARLY * errors[0] and (not odd or least < BLIND)
+    replay.hold(name, best if meant else ways[0])
 
 
 def lay_out_by_consumers(
@@ -68,6 +72,8 @@ def lay_out_by_consumers(
     """Choose again: by what was computed from it; if it is wrong in any order, by its sibling."""
     before = replay.held[name]
     ways = [before, *(way for way in ways if way.first == before.first and way is not before)]
+    if before.factor == 1 and replay.can(name) and _error(replay, name, before) < BLIND:
+        ways = [way for way in ways if way.factor == 1]  # what fits is not scaled
     errors = []
     for way in ways if consumers else ():
         replay.hold(name, way)
@@ -82,6 +88,28 @@ def lay_out_by_consumers(
     sibling = replay.held.get(SIBLINGS.get(name, ""))
     alike = [way for way in ways if sibling is not None and way.way.letters == sibling.way.letters]
     replay.hold(name, alike[0] if alike else before)
+
+
+def lay_out_siblings(
+    replay: Replay, ways: Mapping[str, Sequence[Held]], consumers: Sequence[str]
+) -> None:
+    """Choose again for q and k at once, which are both wrong, by what was computed from them."""
+    names = [*SIBLINGS]
+    before = [replay.held[name] for name in names]
+    pairs = [
+        (q, k)
+        for q, k in product(*(ways[name] for name in names))
+        if q.way.letters == k.way.letters and (q.first, k.first) == tuple(of.first for of in before)
+    ]
+    errors = []
+    for pair in (before, *pairs):
+        for name, way in zip(names, pair, strict=True):
+            replay.hold(name, way)
+        errors.append(max(_error(replay, after, replay.held[after]) for after in consumers))
+    best = errors.index(min(errors))
+    fits = errors[best] < min(BLIND, CLEARLY * errors[0])
+    for name, way in zip(names, (before, *pairs)[best] if fits else before, strict=True):
+        replay.hold(name, way)
 
 
 def _error(replay: Replay, name: str, way: Held, skip: Skip = NOTHING) -> float:

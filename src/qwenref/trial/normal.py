@@ -7,10 +7,10 @@ import numpy as np
 
 from qwenref.judge.floors import for_last_token
 from qwenref.metrics import MARGIN, Errors, Sums, floors_of, for_all_tokens, sums_of
+from qwenref.model.formats import in_format, spacing
 from qwenref.model.roundoff import generator
 from qwenref.stages import BY_NAME, EMBEDDING, RESIDUAL, Stage
 from qwenref.trial.dialects import EXACT, OPERAND_POINTS, Dialect
-from qwenref.trial.formats import in_format, spacing
 from qwenref.trial.held import Held
 from qwenref.trial.replay import Replay, Skip
 
@@ -59,6 +59,9 @@ def floor_of(
     else:
         stage = EMBEDDING if name == RESIDUAL else BY_NAME[name]
         value, draws = _unrounded(replay, name, skip, honest)
+        if name == RESIDUAL and dialect.override is not None:  # it is computed, not looked up
+            unknown = generator(name, "computed").uniform(-0.5, 0.5, draws.shape)
+            draws = draws + unknown * spacing(draws, "float32")
         draws = _rounded(replay, name, draws, honest.result)
     sums = _sums(replay, stage, value, draws)
     largest = np.max([each.largest for each in sums], axis=0)

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenref.metrics import MARGIN, Errors, cells_of
+from qwenref.model.formats import spacing
 from qwenref.stages import Stage
 from qwenref.trial.dialects import EXACT, NARROW, Dialect
-from qwenref.trial.formats import spacing
 from qwenref.trial.normal import Honest, floor_of
 from qwenref.trial.precision import all_fit, ways_to_round
 from qwenref.trial.replay import Replay, Skip

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwenref.model.formats import fits
 from qwenref.trial.dialects import (
     EXACT,
     NARROW,
@@ -18,7 +19,6 @@ from qwenref.trial.dialects import (
     with_weights,
 )
 from qwenref.trial.evidence import are_flips, few_values_off, is_from_inputs
-from qwenref.trial.formats import fits
 from qwenref.trial.normal import Honest
 from qwenref.trial.replay import NOTHING, Replay, Skip
 from qwenref.trial.residual import Weighed, weighed

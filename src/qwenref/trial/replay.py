@@ -10,6 +10,7 @@ import numpy as np
 from qwenref.chain import Span, spans_of
 from qwenref.model.attention import Attention
 from qwenref.model.config import Config
+from qwenref.model.formats import in_format
 from qwenref.model.precision import FORMATS, Precision
 from qwenref.model.roundoff import Roundoff
 from qwenref.model.weights import AttentionWeights
@@ -24,7 +25,6 @@ from qwenref.trial.dialects import (
     Formats,
     flash_attention,
 )
-from qwenref.trial.formats import in_format
 from qwenref.trial.held import Held
 
 _T = TypeVar("_T")
@@ -173,16 +173,25 @@ class Replay:
         if name == RESIDUAL:
             rows = self.table_rows(slice(span.start, span.stop))
             formats = dict(dialect.formats)
-            return in_format(rows, formats.get("table", formats.get("stored", "exact")))
+            rows = in_format(rows, formats.get("table", formats.get("stored", "exact")))
+            return in_format(self._made(name, [rows], span, skip, dialect), dialect.result)
         skip = skip | dialect.skips
         if dialect.minus_bias:
             output = self.compute("qkv_bias", span, skip | {name}, dialect.of_output)
             return in_format(output - self.bias(dialect), dialect.then)
         formats = self._needed(dialect.formats)
         like = replace(dialect, id="", text="", result="exact", formats=formats)
-        values = self.remember(
-            (name, "computed", span, skip, like), lambda: self._unrounded(name, span, skip, like)
-        )
+        if like.override is not None and like.override.stage not in self.bridges(name, skip) | {
+            name
+        }:
+            like = replace(like, override=None)
+        if like.override is not None:  # every mistake is computed once
+            values = self._unrounded(name, span, skip, like)
+        else:
+            values = self.remember(
+                (name, "computed", span, skip, like),
+                lambda: self._unrounded(name, span, skip, like),
+            )
         early = dict(formats).get(name) if name in EARLY else None
         return self.rounded(name, values, early or dialect.result)
 
@@ -195,7 +204,23 @@ class Replay:
         first, *keyed = stage.computed_from
         given = [self.rows(first, span, skip, dialect)]
         given += [self._keys(each, skip, dialect) for each in keyed]
-        given = dialect.rounded_inputs(given)
+        return self._made(name, dialect.rounded_inputs(given), span, skip, dialect)
+
+    def _made(
+        self, name: str, given: Sequence[np.ndarray], span: Span, skip: Skip, dialect: Dialect
+    ) -> np.ndarray:
+        """Return what a stage makes of its inputs, by mistake if the dialect has one here."""
+        if dialect.override is not None and dialect.override.stage == name:
+            return dialect.override.compute(self, span, skip, dialect, given)
+        return self.made(name, given, span, dialect)
+
+    def made(
+        self, name: str, given: Sequence[np.ndarray], span: Span, dialect: Dialect
+    ) -> np.ndarray:
+        """Return what a stage makes of inputs for the tokens of a span."""
+        if name == RESIDUAL:
+            return given[0]
+        stage = BY_NAME[name]
         position: tuple[object, ...] = ()
         if stage.positioned:
             rows = span.stop - span.start

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from qwenref.errors import printable
-from qwenref.trial.explanation import Explanation, StageExplained, Verdict
+from qwenref.trial.explanation import Cause, Explanation, StageExplained, Verdict
 from qwenref.trial.recovery import in_words
 
 ORIGIN = ("added", "dumped_wrong")
@@ -46,7 +46,7 @@ def verdict_of(answer: Explanation) -> tuple[Verdict, str]:
 
 def summary_of(answer: Explanation) -> list[str]:
     """Return the last lines of the report."""
-    lines = [f"layer {answer.layer}: {answer.reason}"]
+    lines = [f"layer {answer.layer}: {answer.reason}", *_causes(answer.stages)]
     if answer.tokens_recovered is not None:
         words = in_words(answer.tokens_recovered, answer.tokens or [])
         lines.append(words[0].upper() + words[1:] + ".")
@@ -56,6 +56,26 @@ def summary_of(answer: Explanation) -> list[str]:
     if answer.weight_noise is not None:
         lines.append(f"Its weights seem to be rounded {_bits(answer)}.")
     return lines
+
+
+def _causes(stages: Sequence[StageExplained]) -> Iterator[str]:
+    """Yield what the mistakes are; what is made in several stages, once."""
+    by_text: dict[str, list[StageExplained]] = {}
+    for of in stages:
+        if of.cause is not None and of.cause.id != "tokens":
+            by_text.setdefault(of.cause.text, []).append(of)
+    for text, found in by_text.items():
+        left = max(of.cause.error_after or 0.0 for of in found if of.cause is not None)
+        others = " (or another: see above)" if any(of.equivalent for of in found) else ""
+        one = (
+            f"{found[0].stage} to"
+            if len(found) == 1
+            else f"{_listed([of.stage for of in found])} to"
+        )
+        yield f"Cause: {text}: reproduces {one} {left:.2g}{others}."
+    unknown = [of.stage for of in stages if of.status in ORIGIN and of.cause is None]
+    if unknown:
+        yield f"Cause: unknown, of {_listed(unknown)}."
 
 
 def _blame(answer: Explanation) -> Iterator[str]:
@@ -207,10 +227,21 @@ def _notes(of: StageExplained) -> Iterator[str]:
         yield of.reason
     if of.pattern is not None:
         yield f"off: {of.pattern}"
+    if of.cause is not None:
+        yield f"cause: {_explained(of.cause)}"
+    elif of.nearest is not None:
+        yield f"cause unknown; nearest: {_explained(of.nearest)}"
+    for other in of.equivalent:
+        yield f"or {other.text}: the same here"
     if of.bridged and of.computed_from:
         yield f"computed from {_listed(of.computed_from)}: {_listed(of.bridged)} cannot be read"
     for at, dialect in enumerate(of.dialects):
         yield f"{'or ' * (at > 0)}{dialect.text}: leaves {_number(dialect.error_after)}"
+
+
+def _explained(cause: Cause) -> str:
+    left = "" if cause.error_after is None else f": leaves {_number(cause.error_after)}"
+    return cause.text + left
 
 
 def _number(value: float | None) -> str:

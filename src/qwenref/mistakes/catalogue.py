@@ -1,0 +1,20 @@
+"""The one list of mistakes, which the command, the tests and docs/faults.md take."""
+
+from qwenref.mistakes import (
+    anywhere,
+    bias,
+    norm,
+    output,
+    projections,
+    rope,
+    scores,
+    softmax,
+    values,
+)
+from qwenref.mistakes.mistake import Mistake
+
+MISTAKES: tuple[Mistake, ...] = tuple(
+    mistake
+    for module in (norm, projections, bias, rope, scores, softmax, values, output, anywhere)
+    for mistake in module.MISTAKES
+)

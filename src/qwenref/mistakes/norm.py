@@ -1,0 +1,297 @@
+"""Mistakes in RMSNorm: x / sqrt(mean(x**2) + eps) * w."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from qwenref.mistakes.mistake import Mistake, Setting, needs
+from qwenref.stages import RESIDUAL
+
+STAGE = ("attn_norm",)
+EPS = (1e-5, 1e-6, 0.0, 1e-8, 1e-12, 1e-7, 1e-3)
+"""Defaults of other models and libraries."""
+
+
+def _mean_square(x: np.ndarray) -> np.ndarray:
+    return np.mean(np.square(x), axis=-1, keepdims=True)
+
+
+def _scaled(
+    s: Setting, x: np.ndarray, square: np.ndarray, weight: np.ndarray | None = None
+) -> np.ndarray:
+    """Return x / sqrt(square) * w."""
+    w = s.tensor("norm") if weight is None else weight
+    normed = np.divide(x, np.sqrt(square), out=np.zeros_like(x), where=square > 0)
+    return s.rounded("normed", normed) * w
+
+
+def _with_eps(s: Setting, eps: float) -> np.ndarray:
+    (x,) = s.given
+    return _scaled(s, x, _mean_square(x) + eps)
+
+
+def _eps_values(s: Setting, dumped: np.ndarray | None) -> Iterator[float]:
+    """Yield known values, then what the dumped rows say: (x . w / y)**2 - mean(x**2)."""
+    own = s.config.rms_norm_eps
+    yield from (eps for eps in EPS if eps != own)
+    if dumped is None:
+        return
+    (x,) = s.given
+    along = x * s.tensor("norm")
+    factors = np.vecdot(along, dumped) / np.vecdot(along, along)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        eps = 1 / np.square(factors) - _mean_square(x)[:, 0]
+    eps = eps[np.isfinite(eps)]
+    if len(eps) and np.median(eps) > 0:
+        yield float(f"{np.median(eps):.2g}")
+        yield float(np.median(eps))
+
+
+def _eps_outside(s: Setting) -> np.ndarray:
+    (x,) = s.given
+    root = np.sqrt(_mean_square(x)) + s.config.rms_norm_eps
+    return _scaled(s, x, np.square(root))
+
+
+def _eps_of_sum(s: Setting) -> np.ndarray:
+    (x,) = s.given
+    return _scaled(s, x, _mean_square(x) + s.config.rms_norm_eps / s.sizes["D"])
+
+
+def _centred(s: Setting) -> np.ndarray:
+    (x,) = s.given
+    x = x - x.mean(axis=-1, keepdims=True)
+    return _scaled(s, x, _mean_square(x) + s.config.rms_norm_eps)
+
+
+def _variance(s: Setting) -> np.ndarray:
+    (x,) = s.given
+    return _scaled(s, x, x.var(axis=-1, keepdims=True) + s.config.rms_norm_eps)
+
+
+def _sum(s: Setting) -> np.ndarray:
+    (x,) = s.given
+    return _scaled(s, x, _mean_square(x) * s.sizes["D"] + s.config.rms_norm_eps)
+
+
+def _one_less(s: Setting) -> np.ndarray:
+    (x,) = s.given
+    D = s.sizes["D"]
+    return _scaled(s, x, _mean_square(x) * D / (D - 1) + s.config.rms_norm_eps)
+
+
+def _no_root(s: Setting) -> np.ndarray:
+    (x,) = s.given
+    return _scaled(s, x, np.square(_mean_square(x) + s.config.rms_norm_eps))
+
+
+def _over_tokens(s: Setting) -> np.ndarray:
+    needs(s.sizes["T"] > 1)
+    (x,) = s.given
+    square = np.mean(np.square(s.everywhere(RESIDUAL)), axis=0)
+    return _scaled(s, x, np.broadcast_to(square + s.config.rms_norm_eps, x.shape))
+
+
+def _over_all(s: Setting) -> np.ndarray:
+    needs(s.sizes["T"] > 1)
+    (x,) = s.given
+    square = np.mean(np.square(s.everywhere(RESIDUAL)), keepdims=True)
+    return _scaled(s, x, np.broadcast_to(square + s.config.rms_norm_eps, (len(x), 1)))
+
+
+def _of_token(s: Setting, token: int) -> np.ndarray:
+    needs(s.sizes["T"] > 1)
+    (x,) = s.given
+    row = s.everywhere(RESIDUAL)[token]
+    return _scaled(s, x, np.full((len(x), 1), np.mean(np.square(row)) + s.config.rms_norm_eps))
+
+
+def _weight(s: Setting, weight: np.ndarray) -> np.ndarray:
+    (x,) = s.given
+    return _scaled(s, x, _mean_square(x) + s.config.rms_norm_eps, weight)
+
+
+def _twice(s: Setting) -> np.ndarray:
+    return s.right(s.right(*s.given))
+
+
+def _skipped(s: Setting) -> np.ndarray:
+    return s.given[0]
+
+
+def _weight_alone(s: Setting) -> np.ndarray:
+    return s.given[0] * s.tensor("norm")
+
+
+def _before(s: Setting) -> np.ndarray:
+    (x,) = s.given
+    x = x * s.tensor("norm")
+    return _scaled(s, x, _mean_square(x) + s.config.rms_norm_eps, np.ones(s.sizes["D"]))
+
+
+MISTAKES = (
+    Mistake(
+        "norm-eps",
+        STAGE,
+        "eps {} in the norm",
+        "x / sqrt(mean(x**2) + eps') * w",
+        "a factor per token, the further from 1 the smaller the token's values are",
+        _with_eps,
+        _eps_values,
+        planted=(1e-5, 1e-3, 0.0, 2e-6),
+    ),
+    Mistake(
+        "norm-eps-outside",
+        STAGE,
+        "eps added to the root, not under it",
+        "x / (sqrt(mean(x**2)) + eps) * w",
+        "a factor per token, the further from 1 the smaller the token's values are",
+        _eps_outside,
+    ),
+    Mistake(
+        "norm-eps-of-sum",
+        STAGE,
+        "eps added to the sum of squares, before it is divided by D",
+        "x / sqrt((sum(x**2) + eps) / D) * w",
+        "a factor per token, the further from 1 the smaller the token's values are",
+        _eps_of_sum,
+    ),
+    Mistake(
+        "norm-mean-subtracted",
+        STAGE,
+        "LayerNorm instead of RMSNorm: the mean is subtracted",
+        "(x - mean(x)) / sqrt(var(x) + eps) * w",
+        "an offset per token, in proportion to w",
+        _centred,
+    ),
+    Mistake(
+        "norm-variance",
+        STAGE,
+        "divided by the standard deviation, not by the root mean square",
+        "x / sqrt(var(x) + eps) * w",
+        "a factor per token",
+        _variance,
+    ),
+    Mistake(
+        "norm-sum",
+        STAGE,
+        "the sum of squares instead of their mean",
+        "x / sqrt(sum(x**2) + eps) * w",
+        "all values by a factor of about 1/sqrt(D)",
+        _sum,
+    ),
+    Mistake(
+        "norm-one-less",
+        STAGE,
+        "the sum of squares divided by D - 1",
+        "x / sqrt(sum(x**2) / (D - 1) + eps) * w",
+        "all values by a factor of sqrt(1 - 1/D)",
+        _one_less,
+    ),
+    Mistake(
+        "norm-no-root",
+        STAGE,
+        "divided by the mean square, not by its root",
+        "x / (mean(x**2) + eps) * w",
+        "a factor per token",
+        _no_root,
+    ),
+    Mistake(
+        "norm-over-tokens",
+        STAGE,
+        "the mean square over the tokens of a channel, not over the channels of a token",
+        "x / sqrt(mean over T of x**2, + eps) * w",
+        "a factor per channel and token",
+        _over_tokens,
+    ),
+    Mistake(
+        "norm-over-all",
+        STAGE,
+        "one mean square for all tokens together",
+        "x / sqrt(mean over T and D of x**2, + eps) * w",
+        "a factor per token",
+        _over_all,
+    ),
+    Mistake(
+        "norm-of-token",
+        STAGE,
+        "every token divided by the root mean square of token {}",
+        "x / sqrt(mean(x[t]**2) + eps) * w",
+        "a factor per token, 1 for one of them",
+        _of_token,
+        lambda s, _: (0, s.sizes["T"] - 1),
+        planted=(0,),
+    ),
+    Mistake(
+        "norm-weight-forgotten",
+        STAGE,
+        "the norm's weight forgotten",
+        "x / sqrt(mean(x**2) + eps)",
+        "a factor per channel, the same for all tokens",
+        lambda s: _weight(s, np.ones(s.sizes["D"])),
+    ),
+    Mistake(
+        "norm-one-plus-weight",
+        STAGE,
+        "1 + w instead of w, as Gemma stores its norms",
+        "x / sqrt(mean(x**2) + eps) * (1 + w)",
+        "a factor per channel, the same for all tokens",
+        lambda s: _weight(s, 1 + s.tensor("norm")),
+    ),
+    Mistake(
+        "norm-weight-twice",
+        STAGE,
+        "the norm's weight applied twice",
+        "x / sqrt(mean(x**2) + eps) * w * w",
+        "a factor per channel, the same for all tokens",
+        lambda s: _weight(s, np.square(s.tensor("norm"))),
+    ),
+    Mistake(
+        "norm-weight-first",
+        STAGE,
+        "the weight applied before the norm",
+        "x*w / sqrt(mean((x*w)**2) + eps)",
+        "a factor per token",
+        _before,
+    ),
+    Mistake(
+        "norm-of-mlp",
+        STAGE,
+        "the weight of post_attention_layernorm instead of input_layernorm",
+        "x / sqrt(mean(x**2) + eps) * w'",
+        "a factor per channel, the same for all tokens",
+        lambda s: _weight(s, s.tensor("post_attention_layernorm.weight")),
+    ),
+    Mistake(
+        "norm-of-next-layer",
+        STAGE,
+        "the norm's weight of the next layer",
+        "x / sqrt(mean(x**2) + eps) * w of layer + 1",
+        "a factor per channel, the same for all tokens",
+        lambda s: _weight(s, s.tensor("norm", 1)),
+    ),
+    Mistake(
+        "norm-twice",
+        STAGE,
+        "the norm applied twice",
+        "norm(norm(x))",
+        "a factor per channel and token",
+        _twice,
+    ),
+    Mistake(
+        "norm-without-division",
+        STAGE,
+        "multiplied with the weight, but not divided by the root mean square",
+        "x * w",
+        "a factor per token",
+        _weight_alone,
+    ),
+    Mistake(
+        "norm-skipped",
+        STAGE,
+        "the norm is skipped: the stream as it enters the layer",
+        "x",
+        "equal to the embedding",
+        _skipped,
+    ),
+)

@@ -1,0 +1,236 @@
+"""Mistakes in the output projection, attention @ W_o.T."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from qwenref.mistakes.mistake import Mistake, Setting, any_of, needs
+from qwenref.mistakes.projections import PARTS, of_pairs, part_named, without_inputs
+from qwenref.stages import RESIDUAL
+
+STAGE = ("attn_out",)
+
+
+def _untransposed(s: Setting) -> np.ndarray:
+    return s.product(s.given[0], "o_proj", as_it_lies=True)
+
+
+def _skipped(s: Setting) -> np.ndarray:
+    needs(s.sizes["E"] == s.sizes["D"])
+    return s.given[0]
+
+
+def _heads(s: Setting) -> np.ndarray:
+    (x,) = s.given
+    return x.reshape(len(x), s.sizes["N"], s.sizes["H"])
+
+
+def _head_order(s: Setting, how: str) -> np.ndarray:
+    heads = _heads(s)
+    T, N, H = heads.shape
+    if how == "channels before heads":
+        return s.right(heads.swapaxes(1, 2).reshape(T, -1))
+    if how == "heads after channels":
+        return s.right(heads.reshape(T, H, N).swapaxes(1, 2).reshape(T, -1))
+    if how == "heads backwards":
+        return s.right(heads[:, ::-1].reshape(T, -1))
+    if how == "the transposition forgotten":
+        needs(T == s.sizes["T"] > 1)
+        return s.right(heads.swapaxes(0, 1).reshape(T, -1))
+    needs(s.sizes["K"] > 1 and s.sizes["G"] > 1)
+    shape = (s.sizes["K"], s.sizes["G"])
+    shape = shape if how == "heads of a group apart" else shape[::-1]
+    return s.right(heads.reshape(T, *shape, H).swapaxes(1, 2).reshape(T, -1))
+
+
+ORDERS = (
+    "channels before heads",
+    "heads after channels",
+    "heads backwards",
+    "the transposition forgotten",
+    "heads of a group apart",
+    "heads of a group together",
+)
+
+
+def _without_head(s: Setting, head: int) -> np.ndarray:
+    needs(s.sizes["N"] > 1)
+    heads = _heads(s).copy()
+    heads[:, head] = 0
+    return s.right(heads.reshape(len(heads), -1))
+
+
+def _any_head(s: Setting, _: np.ndarray | None) -> Iterator[int]:
+    yield from range(s.sizes["N"])
+
+
+def _group(s: Setting, which: int) -> np.ndarray:
+    """The part of one of several devices, whose parts are not summed."""
+    needs(s.sizes["K"] > 1)
+    heads = _heads(s)
+    kept = np.arange(s.sizes["N"]) // s.sizes["G"] == which
+    return s.right(np.where(kept[:, None], heads, 0.0).reshape(len(heads), -1))
+
+
+def _swapped_pair(s: Setting, head: int) -> np.ndarray:
+    needs(s.sizes["N"] > 1)
+    heads = _heads(s).copy()
+    heads[:, [head, head + 1]] = heads[:, [head + 1, head]]
+    return s.right(heads.reshape(len(heads), -1))
+
+
+def _biased(s: Setting) -> np.ndarray:
+    needs(s.sizes["E"] == s.sizes["D"])
+    return s.right(*s.given) + s.tensor("q_bias")
+
+
+def _residual(s: Setting) -> np.ndarray:
+    return s.right(*s.given) + s.rows(RESIDUAL)
+
+
+def _normed(s: Setting) -> np.ndarray:
+    return s.right(*s.given) + s.rows("attn_norm")
+
+
+def _pairs(s: Setting, to: bool) -> np.ndarray:
+    (x,) = s.given
+    return s.right(x[:, of_pairs(s, x.shape[1], to=to)])
+
+
+def _shifted(s: Setting, how: tuple[str, int]) -> np.ndarray:
+    what, by = how
+    if what == "rows":
+        return np.roll(s.right(*s.given), by, axis=1)
+    return s.right(np.roll(s.given[0], -by, axis=1))
+
+
+def _shifts(s: Setting, _: np.ndarray | None) -> Iterator[tuple[str, int]]:
+    for by in (1, s.sizes["H"]):
+        for what in ("rows", "columns"):
+            yield from ((what, by), (what, -by))
+
+
+MISTAKES = (
+    Mistake(
+        "output-untransposed",
+        STAGE,
+        "the weight not transposed: read as [in, out], not as [out, in]",
+        "x @ W, W as it lies in memory",
+        "nothing alike",
+        _untransposed,
+    ),
+    Mistake(
+        "output-skipped",
+        STAGE,
+        "the output projection is missing",
+        "attention",
+        "equal to attention",
+        _skipped,
+    ),
+    Mistake(
+        "output-head-order",
+        STAGE,
+        "heads taken in the wrong order: {}",
+        "another order of [T, N, H] @ W_o.T",
+        "nothing alike",
+        _head_order,
+        any_of(*ORDERS),
+        planted=ORDERS[:4],
+    ),
+    Mistake(
+        "output-two-heads-swapped",
+        STAGE,
+        "heads {} swapped",
+        "x with two heads exchanged @ W_o.T",
+        "everywhere",
+        _swapped_pair,
+        lambda s, _: range(s.sizes["N"] - 1),
+        planted=(0,),
+        said=lambda head: f"{head} and {head + 1}",
+    ),
+    Mistake(
+        "output-without-head",
+        STAGE,
+        "head {} is left out",
+        "sum over the other heads",
+        "everywhere",
+        _without_head,
+        _any_head,
+        planted=(0, 1),
+    ),
+    Mistake(
+        "output-one-group",
+        STAGE,
+        "only the heads of key head {} are summed",
+        "the part of one device, not reduced",
+        "everywhere",
+        _group,
+        lambda s, _: range(s.sizes["K"]),
+        planted=(0,),
+    ),
+    Mistake(
+        "output-part-of-inputs",
+        STAGE,
+        "the sum leaves out some inputs: {}",
+        "x[:n] . W[:, :n]",
+        "everywhere",
+        lambda s, which: s.right(without_inputs(s.given[0], *which)),
+        any_of(*PARTS),
+        planted=(("half", 0), ("tail", 32)),
+        said=part_named,
+    ),
+    Mistake(
+        "output-bias",
+        STAGE,
+        "a bias is added that the model does not have: that of q",
+        "x @ W_o.T + b_q",
+        "the same offset in every token",
+        _biased,
+    ),
+    Mistake(
+        "output-plus-residual",
+        STAGE,
+        "the residual stream is added already",
+        "x @ W_o.T + residual",
+        "everywhere, by the embedding",
+        _residual,
+    ),
+    Mistake(
+        "output-plus-norm",
+        STAGE,
+        "the normalised stream is added instead of the residual",
+        "x @ W_o.T + attn_norm",
+        "everywhere, by attn_norm",
+        _normed,
+    ),
+    Mistake(
+        "output-of-next-layer",
+        STAGE,
+        "the weight of the next layer",
+        "x @ W'.T, W' of layer + 1",
+        "nothing alike",
+        lambda s: s.product(s.given[0], "o_proj", 1),
+    ),
+    Mistake(
+        "output-gguf-order",
+        STAGE,
+        "inputs permuted as GGUF permutes q and k ({})",
+        "x in the order 0, H/2, 1, H/2+1, .. @ W_o.T",
+        "nothing alike",
+        _pairs,
+        any_of(True, False),
+        said={True: "to pairs", False: "to halves"}.__getitem__,
+        planted=(True,),
+    ),
+    Mistake(
+        "output-shifted",
+        STAGE,
+        "{} of the weight",
+        "W[o - n, i], or W[o, i - n]",
+        "nothing alike",
+        _shifted,
+        _shifts,
+        planted=(("rows", 1), ("columns", -1)),
+        said=lambda how: f"shifted by {how[1]:+d}: {how[0]}",
+    ),
+)

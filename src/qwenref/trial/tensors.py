@@ -1,0 +1,81 @@
+"""Tensors that an engine may have taken by mistake, read when they are asked for."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from qwenref.mistakes.mistake import CannotBe
+from qwenref.model.checkpoint import Checkpoint
+from qwenref.model.config import Config
+from qwenref.model.weights import AttentionWeights, Tensor, attention_tensors
+
+PIECE = 1 << 21
+"""Values of a matrix that are held in float64 at a time: 16 MiB."""
+
+
+class Tensors:
+    """One layer's, and by an offset those of the layers beside it."""
+
+    def __init__(
+        self,
+        config: Config,
+        weights: AttentionWeights | None = None,
+        checkpoint: Checkpoint | None = None,
+        layer: int = 0,
+    ):
+        """Read nothing yet.
+
+        Args:
+            config: What says how large tensors are.
+            weights: The layer's, as they were read.
+            checkpoint: Where others are.
+            layer: Which layer.
+        """
+        self._config, self._weights, self._checkpoint = config, weights, checkpoint
+        self._layer = layer
+
+    def vector(self, name: str, beside: int = 0) -> np.ndarray:
+        """Return a vector in float64, by its field of `AttentionWeights` or its name in the layer.
+
+        Raises:
+            CannotBe: There is none.
+        """
+        return np.concatenate([*self._rows(name, beside)])
+
+    def product(
+        self, x: np.ndarray, name: str, beside: int = 0, *, as_it_lies: bool = False
+    ) -> np.ndarray:
+        """Return x @ W.T for a matrix [O, I]; or x @ W, where W is [I, O] as it lies in memory.
+
+        Raises:
+            CannotBe: There is none.
+        """
+        if not as_it_lies:
+            return np.concatenate([x @ rows.T for rows in self._rows(name, beside)], axis=1)
+        width, _ = attention_tensors(self._config, self._layer)[name].shape
+        total, start = None, 0
+        for rows in self._rows(name, beside):
+            total = np.zeros((len(x), width)) if total is None else total
+            first, lead = divmod(start, width)
+            whole = np.zeros(-(-(lead + rows.size) // width) * width)  # 0 for what is beside
+            whole[lead : lead + rows.size] = rows.ravel()
+            whole = whole.reshape(-1, width)
+            total += x[:, first : first + len(whole)] @ whole
+            start += rows.size
+        return np.zeros(0) if total is None else total
+
+    def _rows(self, name: str, beside: int) -> Iterator[np.ndarray]:
+        """Yield a tensor in pieces, float64."""
+        own = getattr(self._weights, name, None)
+        if beside == 0 and own is not None:
+            rows = max(1, PIECE // (own.size // len(own)))
+            for start in range(0, len(own), rows):
+                yield own[start : start + rows].astype(np.float64)
+            return
+        layer = self._layer + beside
+        named = attention_tensors(self._config, layer)
+        tensor = named.get(name, Tensor(f"model.layers.{layer}.{name}", named["norm"].shape))
+        if self._checkpoint is None or self._checkpoint.problems({tensor.name: tensor.shape}):
+            raise CannotBe
+        for _, piece in self._checkpoint.rows(tensor.name, 0, tensor.shape[0]):
+            yield piece.astype(np.float64)
