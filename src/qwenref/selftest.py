@@ -1,8 +1,11 @@
 """Plant every known mistake, explain what was dumped, and count how many are found and named."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import islice, product
 from pathlib import Path
+from shutil import rmtree
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +17,9 @@ from qwenref.dumps.tree import StageWriter
 from qwenref.mistakes.catalogue import MISTAKES
 from qwenref.mistakes.mistake import CannotBe, Mistake
 from qwenref.model.checkpoint import Checkpoint
-from qwenref.model.random_checkpoint import Shape
+from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import read_attention, read_embedding
+from qwenref.oracle import computing
 from qwenref.trial.case import ways_of
 from qwenref.trial.dialects import EXACT, Dialect, result_dialects
 from qwenref.trial.explain import explain
@@ -33,6 +37,9 @@ SHAPES = {
 }
 LENGTHS = (2, 7, 24)
 DTYPES = ("float32", "bfloat16", "float16")
+
+NAMED = 0.98
+"""Part of what is visible that has to be named; all of it has to be found."""
 
 
 class Plant(NamedTuple):
@@ -61,12 +68,33 @@ class Plant(NamedTuple):
         )
 
 
+HEALTHY = Plant(Mistake("none", (), "nothing", "", "", lambda s: s.right(*s.given)), None, ())
+"""An engine without any mistake."""
+
+
+class Cell(NamedTuple):
+    """Where mistakes are planted.
+
+    Attributes:
+        shape: Of the model, of `SHAPES`.
+        T: How many tokens.
+        dtype: What the engine computes in.
+    """
+
+    shape: str
+    T: int
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"{self.shape}, {self.T} tokens, {self.dtype}"
+
+
 class Outcome(NamedTuple):
     """What became of a plant.
 
     Attributes:
         plant: It.
-        cell: Where it was planted: shape, number of tokens, dtype, layout.
+        layout: Of the dump.
         visible: Whether it makes more of an error than is normal.
         localised: Whether exactly its stages are found to be wrong.
         named: Whether it is the cause, or cannot be told from it.
@@ -74,7 +102,7 @@ class Outcome(NamedTuple):
     """
 
     plant: Plant
-    cell: str
+    layout: str
     visible: bool
     localised: bool
     named: bool
@@ -92,27 +120,27 @@ def plants() -> Iterator[Plant]:
 
 
 class Field:
-    """One model and prompt, in which mistakes are planted."""
+    """One model and prompt, in which mistakes are planted; within `computing("float64", ...)`."""
 
-    def __init__(self, model: Path, T: int, dtype: str, seed: int = 0):
-        """Read the model.
+    def __init__(self, folder: Path, cell: Cell):
+        """Make the model.
 
         Args:
-            model: A checkpoint.
-            T: How many tokens.
-            dtype: What the engine computes in.
-            seed: Of the prompt.
+            folder: Where to; it is made.
+            cell: Which.
         """
-        self.checkpoint = Checkpoint(model)
-        self.dtype = dtype
-        vocabulary = self.checkpoint.config.vocab_size
-        self.tokens = np.random.default_rng([seed, T]).integers(vocabulary, size=T).tolist()
+        # where precision matters the weights must not be rounded
+        write(folder, SHAPES[cell.shape], dtype=cell.dtype)
+        self.checkpoint, self.dtype = Checkpoint(folder), cell.dtype
+        config = self.checkpoint.config
+        rng = np.random.default_rng(cell.T)
+        self.tokens = rng.integers(config.vocab_size, size=cell.T).tolist()
         self.weights, _ = read_attention(self.checkpoint, 0)
         self.entering, _ = read_embedding(self.checkpoint, self.tokens)
-        self.tensors = Tensors(self.checkpoint.config, self.weights, self.checkpoint, 0)
+        self.tensors = Tensors(config, self.weights, self.checkpoint, 0)
 
     def grown(self, plant: Plant) -> tuple[dict[str, np.ndarray], set[str]]:
-        """Return the arrays of an engine with a mistake, and the stages in which it shows.
+        """Return the arrays of an engine with a mistake or none, and the stages in which it shows.
 
         Raises:
             CannotBe: It cannot be made here.
@@ -139,7 +167,7 @@ class Field:
             if plant.mistake.in_file and name in plant.stages:
                 values = replay.compute(name, span, dialect=self._dialect(name))
                 self._hold(replay, name, values.astype(np.float32))
-        if not made:
+        if plant.stages and not made:
             raise CannotBe
         return arrays, visible
 
@@ -185,7 +213,7 @@ def outcome_of(field: Field, plant: Plant, layout: str, folder: Path) -> Outcome
     )
     return Outcome(
         plant,
-        f"{layout}",
+        layout,
         bool(visible),
         {*answer.origins} == expected,
         bool(visible) and all(_names(plant, found.get(name, set())) for name in expected),
@@ -198,3 +226,56 @@ def _names(plant: Plant, causes: set[tuple[str, str]]) -> bool:
     if plant.mistake.general:
         return bool(causes)
     return (plant.mistake.id, plant.text) in causes
+
+
+def cells(*, full: bool) -> list[Cell]:
+    """Return all cells, or a sample: a shape, a length, float32."""
+    if not full:
+        return [Cell(next(iter(SHAPES)), 7, "float32")]
+    return [Cell(*of) for of in product(SHAPES, LENGTHS, DTYPES)]
+
+
+def outcomes_in(cell: Cell, every: int = 1, first: int = 0) -> Iterator[Outcome]:
+    """Plant all mistakes in a cell, or every so many; first of all none."""
+    with TemporaryDirectory() as folder, computing("float64", "cpu"):
+        field = Field(Path(folder) / "model", cell)
+        chosen = islice(plants(), first, None, every)
+        for number, plant in enumerate((HEALTHY, *chosen)):
+            dump = Path(folder) / "dump"
+            dump.mkdir()
+            outcome = outcome_of(field, plant, [*LAYOUTS][number % 2], dump)
+            rmtree(dump)
+            if outcome is not None:
+                yield outcome
+
+
+class Score(NamedTuple):
+    """How many plants were visible, found where they were planted, and named."""
+
+    visible: int
+    localised: int
+    named: int
+    invisible: int
+    false_alarms: int
+
+    @property
+    def met(self) -> bool:
+        """Whether all are found, `NAMED` of them are named, and nothing else is blamed."""
+        return (
+            self.localised == self.visible
+            and self.named >= NAMED * self.visible
+            and not self.false_alarms
+        )
+
+
+def score_of(outcomes: Sequence[Outcome]) -> Score:
+    """Count."""
+    visible = [of for of in outcomes if of.visible]
+    invisible = [of for of in outcomes if not of.visible]
+    return Score(
+        len(visible),
+        sum(of.localised for of in visible),
+        sum(of.named for of in visible),
+        sum(bool(of.plant.stages) for of in invisible),
+        sum(not of.localised for of in invisible),
+    )

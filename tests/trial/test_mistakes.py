@@ -1,16 +1,17 @@
 """Are mistakes named? Those that somebody else made in transformers, and those that we plant."""
 
-from itertools import islice
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 from hf_faults import FAULTS, Fault, captured
+from write_faults import PAGE, faults
 
 from qwenref import explain
 from qwenref.bundled import tiny_checkpoint
-from qwenref.model.random_checkpoint import write
-from qwenref.oracle import computing
-from qwenref.selftest import SHAPES, Field, outcome_of, plants
+from qwenref.mistakes.catalogue import MISTAKES
+from qwenref.mistakes.seen import SEEN
+from qwenref.selftest import LENGTHS, SHAPES, Cell, outcomes_in, plants
 from qwenref.trial.explanation import Explanation
 
 TOKENS = [87, 104, 97, 116, 32, 105, 115, 32, 50, 43, 50, 63]
@@ -18,12 +19,8 @@ TOKENS = [87, 104, 97, 116, 32, 105, 115, 32, 50, 43, 50, 63]
 UNNAMED = {"lm_head for embedding"}
 """There is no such mistake in the catalogue."""
 
-VISIBLE = [
-    (fault, dtype)
-    for fault in FAULTS
-    for dtype in ("float32", "bfloat16")
-    if dtype == "float32" or fault.shows_in_bfloat16
-]
+VISIBLE = [(fault, "float32") for fault in FAULTS]
+VISIBLE += [(fault, "bfloat16") for fault in FAULTS[::3] if fault.shows_in_bfloat16]
 
 
 def said(answer: Explanation) -> str:
@@ -47,15 +44,29 @@ def test_a_mistake_in_transformers(fault: Fault, dtype: str) -> None:
     assert any(word.lower() in said(answer) for word in fault.words), said(answer)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-def test_a_sample_of_what_we_plant(shape: str, tmp_path: Path) -> None:
-    number = [*SHAPES].index(shape)
-    write(tmp_path / "model", SHAPES[shape], dtype="float32")
-    with computing("float64", "cpu"):
-        field = Field(tmp_path / "model", 7, "float32")
-        for at, plant in enumerate(islice(plants(), number, None, 9)):
-            folder = tmp_path / str(at)
-            folder.mkdir()
-            outcome = outcome_of(field, plant, ("apr", "hf")[at % 2], folder)
-            if outcome is not None and outcome.visible:
-                assert (outcome.localised, outcome.named) == (True, True), outcome
+def test_the_page_of_mistakes_is_what_the_code_has() -> None:
+    assert PAGE.read_text() == faults()
+
+
+def test_mistakes_have_names_of_their_own_and_all_are_planted() -> None:
+    names = [mistake.id for mistake in MISTAKES]
+    assert len({*names}) == len(names)
+    assert {*SEEN} <= {*names}
+    assert {plant.mistake.id for plant in plants()} == {*names}
+
+
+@pytest.mark.parametrize("number", range(len(SHAPES)))
+def test_a_sample_of_what_we_plant(number: int) -> None:
+    cell = Cell([*SHAPES][number], LENGTHS[number], "float32")
+    outcomes = [*outcomes_in(cell, every=9, first=number)]
+    wrong = [of for of in outcomes if not of.localised or (of.visible and not of.named)]
+    assert not wrong
+    assert sum(of.visible for of in outcomes) > len(outcomes) / 2
+
+
+def test_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "qwenref", "selftest"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[-1] == "All mistakes are found, and named."

@@ -1,8 +1,7 @@
 """The command line: parse, call one function, print, exit.
 
-Exit status: 0 done, 1 the dumps differ, a stage is wrong, or nobody reads the
-output any more, 2 trouble, 130
-interrupted.
+Exit status: 0 done, 1 the dumps differ, a stage is wrong, the self-test is not met, or nobody reads
+the output any more, 2 trouble, 130 interrupted.
 """
 
 import gc
@@ -18,6 +17,7 @@ import qwenref
 from qwenref.cli.capture import capture
 from qwenref.cli.diff import diff
 from qwenref.cli.explain import explain
+from qwenref.cli.selftest import selftest
 from qwenref.errors import QwenrefError, printable
 from qwenref.files import reason
 
@@ -29,6 +29,7 @@ app = typer.Typer(
 app.command()(capture)
 app.command()(diff)
 app.command()(explain)
+app.command()(selftest)
 
 
 def main() -> None:

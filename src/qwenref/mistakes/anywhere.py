@@ -404,7 +404,16 @@ MISTAKES = (
         planted=("qkv_matmul", "qkv_bias", RESIDUAL, "attn_norm", "attn_scores", "attn_softmax"),
         in_file=True,
     ),
-    _anywhere("zeros", "{}", "0 in some places", _put, values=_all_zeros, said=_text, general=True),
+    _anywhere(
+        "zeros",
+        "{}",
+        "0 in some places",
+        _put,
+        values=_all_zeros,
+        planted=tuple(map(_some_zeros, ("token", "head", "tail", "all"))),
+        said=_text,
+        general=True,
+    ),
     _anywhere(
         "not-finite",
         "{}",

@@ -63,7 +63,6 @@ class Mistake:
         planted: Of a family: values that `qwenref selftest` plants, or functions of a setting that
             return them.
         said: Of a family: the value in words; None if the text formats it.
-        seen: Public reports.
         in_file: Whether it is made when a file is written, and nothing is computed from it.
         general: Whether it only describes what is off; anything else explains more.
     """
@@ -77,7 +76,6 @@ class Mistake:
     values: Callable[[Setting, np.ndarray | None], Iterable[Any]] | None = None
     planted: tuple[Any, ...] = ()
     said: Callable[[Any], str] | None = None
-    seen: tuple[str, ...] = ()
     in_file: bool = False
     general: bool = False
 

@@ -58,6 +58,19 @@ def _eps_of_sum(s: Setting) -> np.ndarray:
     return _scaled(s, x, _mean_square(x) + s.config.rms_norm_eps / s.sizes["D"])
 
 
+def _eps_of_maximum(s: Setting) -> np.ndarray:
+    """The row is divided by its largest value, lest squares overflow, and then eps is added."""
+    (x,) = s.given
+    largest = np.abs(x).max(axis=-1, keepdims=True)
+    return _scaled(s, x, _mean_square(x) + s.config.rms_norm_eps * np.square(largest))
+
+
+def _multiplied(s: Setting) -> np.ndarray:
+    (x,) = s.given
+    square = _mean_square(x) + s.config.rms_norm_eps
+    return _scaled(s, x, 1 / square)
+
+
 def _centred(s: Setting) -> np.ndarray:
     (x,) = s.given
     x = x - x.mean(axis=-1, keepdims=True)
@@ -157,6 +170,22 @@ MISTAKES = (
         _eps_of_sum,
     ),
     Mistake(
+        "norm-eps-of-maximum",
+        STAGE,
+        "eps added after the row was divided by its largest value",
+        "x / sqrt(mean(x**2) + eps * max(x)**2) * w",
+        "a factor per token, the further from 1 the larger its peak is",
+        _eps_of_maximum,
+    ),
+    Mistake(
+        "norm-multiplied",
+        STAGE,
+        "multiplied with the root mean square, not divided by it",
+        "x * sqrt(mean(x**2) + eps) * w",
+        "a factor per token",
+        _multiplied,
+    ),
+    Mistake(
         "norm-mean-subtracted",
         STAGE,
         "LayerNorm instead of RMSNorm: the mean is subtracted",
@@ -237,6 +266,14 @@ MISTAKES = (
         "x / sqrt(mean(x**2) + eps) * (1 + w)",
         "a factor per channel, the same for all tokens",
         lambda s: _weight(s, 1 + s.tensor("norm")),
+    ),
+    Mistake(
+        "norm-two-plus-weight",
+        STAGE,
+        "2 + w instead of w: Gemma's 1 is added twice",
+        "x / sqrt(mean(x**2) + eps) * (2 + w)",
+        "a factor per channel, the same for all tokens",
+        lambda s: _weight(s, 2 + s.tensor("norm")),
     ),
     Mistake(
         "norm-weight-twice",

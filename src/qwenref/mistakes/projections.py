@@ -57,6 +57,15 @@ def of_pairs(s: Setting, width: int, *, to: bool) -> np.ndarray:
     return rows.swapaxes(1, 2).ravel()
 
 
+def _of_other_heads(s: Setting, to: bool) -> np.ndarray:
+    """Rows of k permuted as if there were as many heads as of q."""
+    N, K, H = (s.sizes[letter] for letter in "NKH")
+    needs(N != K and K * H % (2 * N) == 0)
+    rows = np.arange(K * H).reshape(N, *((2, -1) if to else (-1, 2))).swapaxes(1, 2).ravel()
+    own = of_pairs(s, K * H, to=not to)  # what it was permuted by before, rightly
+    return reordered(s, s.right(*s.given), ("k",), lambda _: own[rows])
+
+
 def _untransposed(s: Setting, blocks: tuple[str, ...]) -> np.ndarray:
     (x,) = s.given
     values = s.right(x).copy()
@@ -187,6 +196,17 @@ MISTAKES = (
         any_of(*SUBSETS),
         said=named,
         planted=(("q", "k"),),
+    ),
+    Mistake(
+        "projection-gguf-heads",
+        STAGE,
+        "rows of k permuted {} GGUF's order as if k had as many heads as q",
+        "rows of k in the order of N heads of K*H/N",
+        "channels of k permuted",
+        _of_other_heads,
+        any_of(True, False),
+        planted=(True, False),
+        said={True: "to", False: "from"}.__getitem__,
     ),
     Mistake(
         "projection-grouped",

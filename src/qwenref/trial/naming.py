@@ -13,7 +13,7 @@ from qwenref.mistakes.catalogue import MISTAKES
 from qwenref.mistakes.mistake import CannotBe, Mistake, Setting
 from qwenref.model.formats import in_format
 from qwenref.trial.dialects import EXACT, NARROW, Dialect, Override, operand_dialects
-from qwenref.trial.normal import Honest
+from qwenref.trial.normal import Honest, floor_of
 from qwenref.trial.precision import all_fit, ways_to_round
 from qwenref.trial.replay import CHAIN, Replay, Skip
 from qwenref.trial.residual import compared, row_of, weighed
@@ -24,6 +24,11 @@ BEST = 12
 
 BEST_OF_OPERANDS = 3
 """Likewise where there are many ways to round."""
+
+HOPELESS = 100.0
+"""Floors that some tokens may be off before all are looked at: 25 times MARGIN, since those tokens
+may be the smallest ones.
+"""
 
 BETTER = 0.5
 """Part of the error before that a mistake leaves at most: an error of MARGIN floors, that it is
@@ -96,7 +101,7 @@ def name_cause(replay: Replay, tensors: Tensors, name: str, skip: Skip) -> Namin
             found = [
                 one
                 for of in kind[:number]
-                if (one := _agreeing(replay, name, skip, of, precisions)) is not None
+                if (one := _agreeing(replay, name, skip, of, precisions, span)) is not None
             ]
             if found:
                 return Naming(_roundest(found), None)
@@ -125,12 +130,20 @@ def _precisions(replay: Replay, name: str, skip: Skip) -> Iterator[tuple[list[Pr
 
 
 def _agreeing(
-    replay: Replay, name: str, skip: Skip, of: Found, precisions: Sequence[Precision]
+    replay: Replay,
+    name: str,
+    skip: Skip,
+    of: Found,
+    precisions: Sequence[Precision],
+    span: Span,
 ) -> Found | None:
     """Return a mistake in the first precision in which it explains the stage."""
     for precision, honest in precisions:
         dialect = replace(precision, id=of.dialect.id, override=of.dialect.override)
         try:
+            normal = floor_of(replay, name, skip, dialect, honest).whole or 0.0
+            if _error(replay, name, skip, dialect, span) > HOPELESS * normal:
+                continue  # all tokens need not be looked at
             one = weighed(replay, name, skip, dialect, honest=honest)
         except CannotBe:  # of other tokens
             return None

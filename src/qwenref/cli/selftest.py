@@ -1,0 +1,51 @@
+"""`qwenref selftest`: parse, call, print."""
+
+import os
+from typing import Annotated
+
+import typer
+
+from qwenref.cli.shared import prepare_for_jax
+from qwenref.interrupts import Interrupts
+
+
+def selftest(
+    full: Annotated[
+        bool, typer.Option("--full", help="All shapes, lengths and precisions: half an hour.")
+    ] = False,
+) -> int:
+    """Plant every known mistake in a random model, and see whether explain finds and names it.
+
+    Exit status: 0 all is found, and named as far as is promised; 1 not.
+    """
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    prepare_for_jax("cpu")
+    with Interrupts() as interrupts:
+        from qwenref.selftest import cells, outcomes_in, score_of
+
+        with interrupts.let_through():
+            found = []
+            typer.echo(f"{'':56}visible  found  named  invisible  false alarms")
+            for cell in cells(full=full):
+                here = [*outcomes_in(cell)]
+                found += here
+                score = score_of(here)
+                typer.echo(
+                    f"{cell!s:56}{score.visible:7}{score.localised:7}{score.named:7}"
+                    f"{score.invisible:11}{score.false_alarms:14}"
+                )
+                for of in here:
+                    if of.localised and (of.named or not of.visible):
+                        continue
+                    what = "named otherwise" if of.localised else "found otherwise"
+                    typer.echo(f"    {what}: {of.plant}; said: {of.said or 'nothing'}")
+    never = {str(of.plant) for of in found[1:]} - {str(of.plant) for of in found if of.visible}
+    for plant in sorted(never - {"none in "}):
+        typer.echo(f"    invisible everywhere here: {plant}")
+    met = score_of(found).met
+    typer.echo(
+        "All mistakes are found, and named."
+        if met
+        else "Some mistakes are not found, or not named."
+    )
+    return int(not met)
