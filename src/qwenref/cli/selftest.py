@@ -39,8 +39,8 @@ def selftest(
                         continue
                     what = "named otherwise" if of.localised else "found otherwise"
                     typer.echo(f"    {what}: {of.plant}; said: {of.said or 'nothing'}")
-    never = {str(of.plant) for of in found[1:]} - {str(of.plant) for of in found if of.visible}
-    for plant in sorted(never - {"none in "}):
+    planted = {str(of.plant) for of in found if of.plant.stages}
+    for plant in sorted(planted - {str(of.plant) for of in found if of.visible}):
         typer.echo(f"    invisible everywhere here: {plant}")
     met = score_of(found).met
     typer.echo(

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from qwenref.metrics import cells_of
 from qwenref.mistakes.mistake import CannotBe, Mistake, Setting, needs
-from qwenref.stages import ATTENTION, BY_NAME, RESIDUAL
+from qwenref.stages import ATTENTION, BY_NAME, EMBEDDING, RESIDUAL, Stage
 
 STAGES = (RESIDUAL, *(stage.name for stage in ATTENTION))
 
@@ -40,18 +41,17 @@ SAME_SHAPE = {
 """Stages whose values may lie in the place of another's, if sizes are equal."""
 
 
+def _stage(s: Setting) -> Stage:
+    return EMBEDDING if s.stage == RESIDUAL else BY_NAME[s.stage]
+
+
 def cells(s: Setting, values: np.ndarray) -> np.ndarray:
     """Return a stage as [T, J, W]: tokens, heads (or what is as wide, or one), their values."""
-    if s.stage != RESIDUAL and BY_NAME[s.stage].masked:
-        return values.swapaxes(0, 1)
-    if values.ndim == 3:
-        return values
-    width = s.sizes["H"] if s.stage in ("qkv_matmul", "qkv_bias", "attention") else values.shape[1]
-    return values.reshape(len(values), -1, width)
+    return cells_of(_stage(s), values, s.sizes["H"])
 
 
 def _back(s: Setting, of: np.ndarray, like: np.ndarray) -> np.ndarray:
-    if s.stage != RESIDUAL and BY_NAME[s.stage].masked:
+    if _stage(s).masked:
         return of.swapaxes(0, 1)
     return of.reshape(like.shape)
 
@@ -72,7 +72,7 @@ def _put(s: Setting, places: _Places) -> np.ndarray:
 
 def _seen(s: Setting, values: np.ndarray) -> np.ndarray:
     """Return which cells are read by somebody."""
-    if s.stage == RESIDUAL or not BY_NAME[s.stage].masked:
+    if not _stage(s).masked:
         return np.ones(values.shape, bool)
     seen = np.arange(values.shape[-1]) <= s.positions[:, None]
     return np.broadcast_to(seen, values.shape)
@@ -212,7 +212,7 @@ def _orders(s: Setting, dumped: np.ndarray | None) -> Iterator[_Order]:
     """Yield what tokens, heads and channels of a head are those of which others."""
     if dumped is None or not np.isfinite(dumped).all():
         return
-    masked = s.stage != RESIDUAL and BY_NAME[s.stage].masked
+    masked = _stage(s).masked
     seen = _seen(s, dumped)
     a, b = (cells(s, np.where(seen, x, 0.0)) for x in (s.right(*s.given), dumped))
     for axis, name in enumerate(("token", "head", "channel")):
@@ -357,7 +357,7 @@ def _offset(value: float) -> Callable[[Setting], _Factors]:
 def _order(axis: int, how: str) -> Callable[[Setting], _Order]:
     def order(s: Setting) -> _Order:
         number = cells(s, s.right(*s.given)).shape[axis]
-        masked = s.stage != RESIDUAL and BY_NAME[s.stage].masked
+        masked = _stage(s).masked
         needs(number > 1 and not (masked and axis == 0))
         found = np.arange(number)
         found = {

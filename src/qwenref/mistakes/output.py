@@ -6,6 +6,7 @@ import numpy as np
 
 from qwenref.mistakes.mistake import Mistake, Setting, any_of, needs
 from qwenref.mistakes.projections import PARTS, of_pairs, part_named, without_inputs
+from qwenref.mistakes.values import in_order
 from qwenref.stages import RESIDUAL
 
 STAGE = ("attn_out",)
@@ -26,21 +27,7 @@ def _heads(s: Setting) -> np.ndarray:
 
 
 def _head_order(s: Setting, how: str) -> np.ndarray:
-    heads = _heads(s)
-    T, N, H = heads.shape
-    if how == "channels before heads":
-        return s.right(heads.swapaxes(1, 2).reshape(T, -1))
-    if how == "heads after channels":
-        return s.right(heads.reshape(T, H, N).swapaxes(1, 2).reshape(T, -1))
-    if how == "heads backwards":
-        return s.right(heads[:, ::-1].reshape(T, -1))
-    if how == "the transposition forgotten":
-        needs(T == s.sizes["T"] > 1)
-        return s.right(heads.swapaxes(0, 1).reshape(T, -1))
-    needs(s.sizes["K"] > 1 and s.sizes["G"] > 1)
-    shape = (s.sizes["K"], s.sizes["G"])
-    shape = shape if how == "heads of a group apart" else shape[::-1]
-    return s.right(heads.reshape(T, *shape, H).swapaxes(1, 2).reshape(T, -1))
+    return s.right(in_order(s, _heads(s), how))
 
 
 ORDERS = (
@@ -58,10 +45,6 @@ def _without_head(s: Setting, head: int) -> np.ndarray:
     heads = _heads(s).copy()
     heads[:, head] = 0
     return s.right(heads.reshape(len(heads), -1))
-
-
-def _any_head(s: Setting, _: np.ndarray | None) -> Iterator[int]:
-    yield from range(s.sizes["N"])
 
 
 def _group(s: Setting, which: int) -> np.ndarray:
@@ -155,7 +138,7 @@ MISTAKES = (
         "sum over the other heads",
         "everywhere",
         _without_head,
-        _any_head,
+        lambda s, _: range(s.sizes["N"]),
         planted=(0, 1),
     ),
     Mistake(

@@ -35,11 +35,17 @@ def _with_values(s: Setting, v: np.ndarray) -> np.ndarray:
     return _mixed(s, s.given[0], v)
 
 
-def _head_order(s: Setting, how: str) -> np.ndarray:
-    heads = _by_head(s, s.given[0], _v(s)).swapaxes(0, 1)  # [T, N, H]
-    T, _, H = heads.shape
+def in_order(s: Setting, heads: np.ndarray, how: str) -> np.ndarray:
+    """Return heads [T, N, H] side by side, [T, E], in one of `ORDERS`.
+
+    Raises:
+        CannotBe: It is the right one, here, or not all tokens are at hand.
+    """
+    T, N, H = heads.shape
     if how == "channels before heads":
         return heads.swapaxes(1, 2).reshape(T, -1)
+    if how == "heads after channels":
+        return heads.reshape(T, H, N).swapaxes(1, 2).reshape(T, -1)
     if how == "heads backwards":
         return heads[:, ::-1].reshape(T, -1)
     if how == "the transposition forgotten":
@@ -49,6 +55,10 @@ def _head_order(s: Setting, how: str) -> np.ndarray:
     shape = (s.sizes["K"], s.sizes["G"])
     shape = shape if how == "heads of a group apart" else shape[::-1]
     return heads.reshape(T, *shape, H).swapaxes(1, 2).reshape(T, -1)
+
+
+def _head_order(s: Setting, how: str) -> np.ndarray:
+    return in_order(s, _by_head(s, s.given[0], _v(s)).swapaxes(0, 1), how)
 
 
 ORDERS = (
