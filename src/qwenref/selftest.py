@@ -22,10 +22,10 @@ from qwenref.model.weights import read_attention, read_embedding
 from qwenref.oracle import computing
 from qwenref.trial.case import ways_of
 from qwenref.trial.dialects import EXACT, Dialect, result_dialects
+from qwenref.trial.executed import Found, planted_as
 from qwenref.trial.explain import explain
 from qwenref.trial.explanation import Explanation
 from qwenref.trial.findings import label
-from qwenref.trial.naming import Found, planted_as
 from qwenref.trial.replay import CHAIN, Replay
 from qwenref.trial.residual import row_of, weighed
 from qwenref.trial.tensors import Tensors

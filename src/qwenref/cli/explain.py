@@ -41,6 +41,9 @@ def explain(
     exact_weights: Annotated[
         bool, typer.Option("--exact-weights", help="Rounded (quantised) weights are a fault.")
     ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Do not seek mistakes below the noise of rounding.")
+    ] = False,
     device: Annotated[
         str, typer.Option(metavar="auto|cpu|gpu", help="What to compute on.")
     ] = "auto",
@@ -73,6 +76,7 @@ def explain(
                 layer=layer,
                 names=names,
                 exact_weights=exact_weights,
+                quick=quick,
                 device=device,
             )
     shown = "\n".join(last_lines(answer)) if quiet else report(answer)

@@ -65,6 +65,7 @@ class Mistake:
         said: Of a family: the value in words; None if the text formats it.
         in_file: Whether it is made when a file is written, and nothing is computed from it.
         general: Whether it only describes what is off; anything else explains more.
+        rounds: Whether it is a way to round: below the noise it is none.
     """
 
     id: str
@@ -78,6 +79,7 @@ class Mistake:
     said: Callable[[Any], str] | None = None
     in_file: bool = False
     general: bool = False
+    rounds: bool = False
 
 
 def any_of(*values: Any) -> Callable[[Setting, np.ndarray | None], Iterable[Any]]:

@@ -435,6 +435,7 @@ MISTAKES = (
         values=any_of(*product(("frequencies", "angles"), ("bfloat16", "float16"))),
         planted=(("frequencies", "bfloat16"), ("angles", "bfloat16"), ("frequencies", "float16")),
         said=" rounded to ".join,
+        rounds=True,
     ),
     _rope(
         "first-pairs",

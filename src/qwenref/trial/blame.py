@@ -19,6 +19,7 @@ from qwenref.trial.laying_out import (
     lay_out_by_consumers,
     lay_out_siblings,
 )
+from qwenref.trial.matched_filter import Below, judged, look_below
 from qwenref.trial.naming import Naming, name_cause
 from qwenref.trial.precision import Account, account_of
 from qwenref.trial.replay import CHAIN, NOTHING, Replay, Skip
@@ -39,6 +40,7 @@ class Standing:
         skip: Whose dumps were passed over for that.
         bits: Of weights that are rounded, if that explains it.
         naming: The mistakes that explain it, if it is wrong.
+        below: What is below its noise; None if that was not looked for.
     """
 
     name: str
@@ -48,6 +50,7 @@ class Standing:
     skip: Skip = NOTHING
     bits: dict[str, float] = field(default_factory=dict)
     naming: Naming | None = None
+    below: Below | None = None
 
 
 class Trial:
@@ -66,6 +69,7 @@ class Trial:
         *,
         tensors: Tensors,
         exact_weights: bool,
+        quick: bool,
     ):
         """Judge.
 
@@ -75,6 +79,7 @@ class Trial:
             leaving: The stream after attn_out was added to it, if that was dumped.
             tensors: What else the engine may have taken.
             exact_weights: Whether rounded weights are a fault.
+            quick: Whether mistakes are not sought below the noise.
         """
         self._leaving, self._ways, self._tensors = leaving, ways, tensors
         self.replay = replay
@@ -98,6 +103,18 @@ class Trial:
                 if standing.status == "dumped_wrong":
                     distrusted |= {name}
                     self._lay_out_after(name, distrusted)
+        if not quick:
+            self._look_below()
+
+    def _look_below(self) -> None:
+        looks = {}
+        for name, of in self.standings.items():
+            if of.status == "agree" and of.account is not None and not of.bits:
+                look = look_below(self.replay, self._tensors, name, of.skip, of.account)
+                if look is not None:
+                    looks[name] = look
+        for name, below in judged(looks).items():
+            self.standings[name].below = below
 
     def _lay_out_siblings(self) -> None:
         """Lay out q and k together, if both are wrong and do not make the scores."""

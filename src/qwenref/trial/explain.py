@@ -44,6 +44,7 @@ def explain(
     layer: int = 0,
     names: str | Path | None = None,
     exact_weights: bool = False,
+    quick: bool = False,
     device: str = "auto",
 ) -> Explanation:
     """Find out which stage of an engine is wrong, and in which precision it computes.
@@ -59,6 +60,7 @@ def explain(
         layer: Which layer.
         names: As in `qwenref.diff`.
         exact_weights: Whether rounded weights are a fault.
+        quick: Whether mistakes are not sought below the noise.
         device: As in `qwenref.run`.
 
     Raises:
@@ -78,11 +80,15 @@ def explain(
         if checkpoint is not None:
             check_tensors(checkpoint, layer, embedding=layer == 0)
             weights, _ = read_attention(checkpoint, layer)
-        found = [_explained(case, weights, exact_weights=exact_weights) for case in cases]
+        found = [
+            _explained(case, weights, exact_weights=exact_weights, quick=quick) for case in cases
+        ]
     return found[0] if len(found) == 1 else _tried(*found)
 
 
-def _explained(case: Case, weights: AttentionWeights | None, *, exact_weights: bool) -> Explanation:
+def _explained(
+    case: Case, weights: AttentionWeights | None, *, exact_weights: bool, quick: bool
+) -> Explanation:
     sizes = {letter: case.config.sizes[letter] for letter in "NKHD"}
     own = of_layer(case.dump, case.layer)
     if not own.stages:
@@ -115,7 +121,7 @@ def _explained(case: Case, weights: AttentionWeights | None, *, exact_weights: b
     ways = ways_of(own, case.layer, replay.sizes)
     leaving = leaving_of(case.dump, case.layer, replay.sizes)
     tensors = Tensors(case.config, weights, case.checkpoint, case.layer)
-    trial = Trial(replay, ways, leaving, tensors=tensors, exact_weights=exact_weights)
+    trial = Trial(replay, ways, leaving, tensors=tensors, exact_weights=exact_weights, quick=quick)
     misfits = misfits_of(own, case.layer, replay)
     found = checks(replay.held, replay.sizes)
     answer = msgspec.structs.replace(
@@ -142,7 +148,7 @@ def _with_tokens_named(answer: Explanation) -> Explanation:
 
 def _concluded(answer: Explanation) -> Explanation:
     """Fill in verdict, reason and summary."""
-    origins = [of.stage for of in answer.stages if of.status in WRONG]
+    origins = [of.stage for of in answer.stages if of.status in WRONG or of.hidden is not None]
     answer = msgspec.structs.replace(answer, origins=origins)
     verdict, reason = verdict_of(answer)
     answer = msgspec.structs.replace(answer, verdict=verdict, reason=reason)

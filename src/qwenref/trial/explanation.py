@@ -40,6 +40,14 @@ class Hidden(msgspec.Struct, frozen=True):
     z: float
 
 
+class Unseen(msgspec.Struct, frozen=True):
+    """A mistake that would not be seen, and how many distinct tokens would show it."""
+
+    id: str
+    text: str
+    tokens: int
+
+
 class Check(msgspec.Struct, frozen=True):
     """A property that holds in any right engine, whatever its weights.
 
@@ -96,7 +104,8 @@ class StageExplained(msgspec.Struct, frozen=True):
         cause: The mistake that reproduces it.
         nearest: If none does: one that leaves a tenth of the error at most.
         equivalent: Mistakes that cannot be told from that one here.
-        hidden: A mistake below the noise.
+        hidden: A mistake below the noise; `equivalent` has those that cannot be told from it.
+        unseen: Mistakes too small to be told from the noise with so few tokens.
     """
 
     stage: str
@@ -118,6 +127,7 @@ class StageExplained(msgspec.Struct, frozen=True):
     nearest: Cause | None = None
     equivalent: list[Named] = []
     hidden: Hidden | None = None
+    unseen: list[Unseen] = []
 
 
 class WeightNoise(msgspec.Struct, frozen=True):

@@ -10,17 +10,21 @@ from qwenref.metrics import MARGIN, finite, worst_of
 from qwenref.stages import EMBEDDING, RESIDUAL
 from qwenref.trial.blame import Standing, Trial
 from qwenref.trial.dialects import NARROW
+from qwenref.trial.executed import Found
 from qwenref.trial.explanation import (
     Cause,
     Check,
     DialectFound,
+    Hidden,
     Named,
     StageExplained,
     Status,
+    Unseen,
     WeightNoise,
     WorstSlice,
 )
-from qwenref.trial.naming import Found, Naming
+from qwenref.trial.matched_filter import Below
+from qwenref.trial.naming import Naming
 from qwenref.trial.pattern import pattern_of
 from qwenref.trial.precision import all_fit
 from qwenref.trial.replay import CHAIN
@@ -121,6 +125,7 @@ def _stage(trial: Trial, standing: Standing, status: Status, reason: str | None)
             for of in standing.account.choices
         ],
         **_causes(standing.naming),
+        **_hidden(standing.below),
     )
 
 
@@ -134,6 +139,19 @@ def _causes(naming: Naming | None) -> dict[str, Any]:
     names = dict.fromkeys(Named(of.mistake.id, of.text) for of in others)
     names.pop(Named(best.mistake.id, best.text), None)
     return {"cause": _cause(best), "equivalent": [*names]}
+
+
+def _hidden(below: Below | None) -> dict[str, Any]:
+    """Return the fields of what is below the noise."""
+    if below is None:
+        return {}
+    unseen = [Unseen(of.mistake.id, of.text, tokens) for of, tokens in below.unseen]
+    if not below.hidden:
+        return {"unseen": unseen}
+    best, *others = below.hidden
+    said = Hidden(best.found.mistake.id, best.found.text, best.alpha, best.z)
+    same = [Named(of.found.mistake.id, of.found.text) for of in others]
+    return {"hidden": said, "equivalent": same, "unseen": unseen}
 
 
 def _cause(of: Found) -> Cause:

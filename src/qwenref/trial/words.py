@@ -3,11 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 from qwenref.errors import printable
-from qwenref.trial.explanation import Cause, Explanation, StageExplained, Verdict
+from qwenref.trial.explanation import Cause, Explanation, Hidden, StageExplained, Verdict
 from qwenref.trial.recovery import in_words
 
 ORIGIN = ("added", "dumped_wrong")
 CARRIED = ("agree", "inherited")
+SHOWN = 3
+"""Mistakes that are told, of those too small to be seen."""
+
 PARTS = {
     "norm": ("attn_norm",),
     "projections": ("qkv_matmul", "qkv_bias", "attn_out"),
@@ -50,6 +53,7 @@ def summary_of(answer: Explanation) -> list[str]:
     if answer.tokens_recovered is not None:
         words = in_words(answer.tokens_recovered, answer.tokens or [])
         lines.append(words[0].upper() + words[1:] + ".")
+    lines += _unseen(answer.stages)
     computes = "; ".join(_computes(answer.stages))
     if computes:
         lines.append(f"Your engine computes: {computes}.")
@@ -73,14 +77,32 @@ def _causes(stages: Sequence[StageExplained]) -> Iterator[str]:
             else f"{_listed([of.stage for of in found])} to"
         )
         yield f"Cause: {text}: reproduces {one} {left:.2g}{others}."
+    for of in stages:
+        if of.hidden is not None:
+            others = " (or another: see above)" if of.equivalent else ""
+            yield f"Hidden under the noise of {of.stage}: {_certain(of.hidden)}{others}."
     unknown = [of.stage for of in stages if of.status in ORIGIN and of.cause is None]
     if unknown:
         yield f"Cause: unknown, of {_listed(unknown)}."
 
 
+def _unseen(stages: Sequence[StageExplained]) -> Iterator[str]:
+    """Yield which mistakes would be too small to be seen."""
+    found = sorted((one for of in stages for one in of.unseen), key=lambda of: of.tokens)
+    if not found:
+        return
+    shown = [f"{of.text} ({of.tokens})" for of in found[:SHOWN]]
+    more = [f"{len(found) - SHOWN} more"] if len(found) > SHOWN else []
+    yield f"Too small to be seen here, with fewer distinct tokens than: {_listed(shown + more)}."
+
+
 def _blame(answer: Explanation) -> Iterator[str]:
     added = [of for of in answer.stages if of.status == "added"]
     wrong = [of for of in answer.stages if of.status == "dumped_wrong"]
+    hidden = [of.stage for of in answer.stages if of.hidden is not None]
+    if hidden:
+        verb = "holds" if len(hidden) == 1 else "hold"
+        yield f"{_listed(hidden)} {verb} a mistake that is smaller than the noise of rounding."
     if added:
         verb = "adds" if len(added) == 1 else "add"
         yield f"{_listed([_span(of) for of in added])} {verb} the error ({_sizes(added)})."
@@ -231,12 +253,18 @@ def _notes(of: StageExplained) -> Iterator[str]:
         yield f"cause: {_explained(of.cause)}"
     elif of.nearest is not None:
         yield f"cause unknown; nearest: {_explained(of.nearest)}"
+    if of.hidden is not None:
+        yield f"hidden under the noise: {_certain(of.hidden)}"
     for other in of.equivalent:
         yield f"or {other.text}: the same here"
     if of.bridged and of.computed_from:
         yield f"computed from {_listed(of.computed_from)}: {_listed(of.bridged)} cannot be read"
     for at, dialect in enumerate(of.dialects):
         yield f"{'or ' * (at > 0)}{dialect.text}: leaves {_number(dialect.error_after)}"
+
+
+def _certain(hidden: Hidden) -> str:
+    return f"{hidden.text} ({hidden.alpha:.2f} times in the error, z {hidden.z:.0f})"
 
 
 def _explained(cause: Cause) -> str:
