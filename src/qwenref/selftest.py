@@ -38,8 +38,22 @@ SHAPES = {
 LENGTHS = (2, 7, 24)
 DTYPES = ("float32", "bfloat16", "float16")
 
-NAMED = 0.98
-"""Part of what is visible that has to be named; all of it has to be found."""
+
+class Part(NamedTuple):
+    """Of what is visible, at least."""
+
+    found: float
+    named: float
+
+
+PROMISED = {
+    "float32": Part(1.0, 0.98),
+    "bfloat16": Part(0.98, 0.95),
+    "float16": Part(0.98, 0.95),
+}
+"""By what the engine computes in. Where results are rounded, what is barely visible may be taken
+for another way to round. What is measured, which is more, has docs/benchmarks.md.
+"""
 
 
 class Plant(NamedTuple):
@@ -96,7 +110,9 @@ class Outcome(NamedTuple):
         plant: It.
         layout: Of the dump.
         visible: Whether it makes more of an error than is normal.
-        localised: Whether exactly its stages are found to be wrong.
+        localised: Whether exactly its stages are found to be wrong; if it is not visible, whether
+            no other stage is.
+        hidden: Whether it is found below the noise.
         named: Whether it is the cause, or cannot be told from it.
         said: What is said instead.
     """
@@ -105,6 +121,7 @@ class Outcome(NamedTuple):
     layout: str
     visible: bool
     localised: bool
+    hidden: bool
     named: bool
     said: str
 
@@ -202,11 +219,12 @@ def outcome_of(field: Field, plant: Plant, layout: str, folder: Path) -> Outcome
     except CannotBe:
         return None
     answer = field.explained(arrays, folder, layout)
-    expected = {label(name) for name in visible}
+    expected, made = {label(name) for name in visible}, {label(name) for name in plant.stages}
+    origins, hidden = {*answer.origins}, {of.stage for of in answer.stages if of.hidden is not None}
     found = {
-        of.stage: {(one.id, one.text) for one in (of.cause, *of.equivalent)}
+        of.stage: {(one.id, one.text) for one in (of.cause, of.hidden, *of.equivalent) if one}
         for of in answer.stages
-        if of.cause is not None
+        if of.cause is not None or of.hidden is not None
     }
     said = "; ".join(
         f"{name}: {' or '.join(text for _, text in causes)}" for name, causes in found.items()
@@ -215,8 +233,9 @@ def outcome_of(field: Field, plant: Plant, layout: str, folder: Path) -> Outcome
         plant,
         layout,
         bool(visible),
-        {*answer.origins} == expected,
-        bool(visible) and all(_names(plant, found.get(name, set())) for name in expected),
+        expected <= origins <= expected | (made & hidden),
+        bool(hidden & made),
+        bool(origins) and all(_names(plant, found.get(name, set())) for name in expected | origins),
         f"{', '.join(answer.origins)}: {said}",
     )
 
@@ -250,20 +269,29 @@ def outcomes_in(cell: Cell, every: int = 1, first: int = 0) -> Iterator[Outcome]
 
 
 class Score(NamedTuple):
-    """How many plants were visible, found where they were planted, and named."""
+    """How many plants were visible, found where they were planted, and named.
+
+    Attributes:
+        visible: Those that make more of an error than is normal.
+        localised: Of those, in whose stages an error was found, and in no other.
+        named: Of those too, that are the cause, or cannot be told from it.
+        invisible: The others.
+        hidden: Of those, that were found below the noise.
+        false_alarms: Of those, or of nothing, for which another stage was blamed.
+    """
 
     visible: int
     localised: int
     named: int
     invisible: int
+    hidden: int
     false_alarms: int
 
-    @property
-    def met(self) -> bool:
-        """Whether all are found, `NAMED` of them are named, and nothing else is blamed."""
+    def meets(self, promised: Part) -> bool:
+        """Whether as many are found and named as is promised, and nothing else is blamed."""
         return (
-            self.localised == self.visible
-            and self.named >= NAMED * self.visible
+            self.localised >= promised.found * self.visible
+            and self.named >= promised.named * self.visible
             and not self.false_alarms
         )
 
@@ -277,5 +305,6 @@ def score_of(outcomes: Sequence[Outcome]) -> Score:
         sum(of.localised for of in visible),
         sum(of.named for of in visible),
         sum(bool(of.plant.stages) for of in invisible),
+        sum(of.hidden for of in invisible),
         sum(not of.localised for of in invisible),
     )
