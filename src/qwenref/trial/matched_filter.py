@@ -5,14 +5,14 @@ of the format that results are rounded to. In a right engine r is the rounding o
 knows nothing of d; in one with the mistake it is d besides. So alpha = <r,d> / <d,d> is about 0, or
 about 1, and how sure that is grows with the number of values, however small d is beside r.
 
-What else a right engine may do is taken out of r and d first: other roundings (but towards zero),
-and all that is one observation though it moves many values. A factor of a row (the norm's scale,
-the softmax's denominator), or of a position and frequency (RoPE's table), is one rounding. A
-mistake that is such factors itself is sought in them alone, each row being one unit; every other
-mistake is sought in what is left when they are gone. A factor that is the same in all rows may be a
-constant that was rounded; of the norm's, which eps changes little but in all rows, it counts if the
-rows also differ as they should. No error of float32 can look like a mistake, whatever its
-structure: with MARGIN |e| <= |d|, |<e,d>| / <d,d> is at most 1/4.
+What else a right engine may do is taken out of r and d first: other roundings, and all that is one
+observation though it moves many values. A factor of a row (the norm's scale, the softmax's
+denominator), or of a position and frequency (RoPE's table), is one rounding. A mistake that is such
+factors itself is sought in them alone, each row being one unit; every other mistake is sought in
+what is left when they are gone. A factor that is the same in all rows may be a constant that was
+rounded, or results that were cut off; the norm's, which eps changes little but in all rows, counts
+if rows also differ as they should, and if cutting off explains less. No error of float32 can look
+like a mistake, whatever its structure: with MARGIN |e| <= |d|, |<e,d>| / <d,d> is at most 1/4.
 """
 
 import math
@@ -50,11 +50,6 @@ mistakes and stages, with the bound exp(-z**2 / 2) of a normal variable's tail.
 ALIKE = 0.5
 """alpha, at least, of how the norm's factors differ between rows, if all of them are off."""
 
-TRUNCATING = 0.01
-"""If an engine rounds towards zero: of the values, those that are off by more than float32 makes of
-one step at most, and of a step what that is, at most.
-"""
-
 DIFFERENT = 9.0
 """Variances by which one mistake has to explain an error better than another: 3 deviations."""
 
@@ -64,7 +59,7 @@ PROMISING = 4.0
 PIECES = 4
 """Of a long prompt, at most: spans that are looked at, the first and the last among them."""
 
-VALUES = 1 << 20
+MOST_VALUES = 1 << 20
 """Of a span, at most; else its last tokens are looked at."""
 
 
@@ -164,14 +159,16 @@ def look_below(replay: Replay, tensors: Tensors, name: str, skip: Skip, of: Acco
     bent = dialect.minus_bias or dialect.flash or dialect.estimated
     if dialect.result == "exact" or bent or unseen or replay.held[name].first:
         return None
-    matched = _Filter(replay, tensors, name, skip, dialect)
-    return None if matched.cuts else matched.look(of.weighed.floors.whole or 0.0)
+    return _Filter(replay, tensors, name, skip, dialect).look(of.weighed.floors.whole or 0.0)
 
 
 Spaces = tuple[np.ndarray, np.ndarray]
 """Values without their groups' common factors, and those factors: each in units, [.., t, U, E]."""
 
 SHAPE, FACTORS = 0, 1
+
+ERROR, VALUES, SIGNS = 0, 1, 2
+"""What is known first: rounding towards zero is in proportion to signs."""
 
 
 class _Piece(NamedTuple):
@@ -261,7 +258,6 @@ class _Filter:
         self.plain = replace(self.dialect, formats=(), inputs=())
         self.width = replay.sizes["H"]
         self._numbers: dict[bytes, int] = {}
-        self._values = self._uncut = 0
         spans = replay.spans
         at = np.unique(np.linspace(0, len(spans) - 1, PIECES).astype(int))
         self.pieces = [self._piece(spans[number]) for number in at]
@@ -272,13 +268,13 @@ class _Filter:
         self.spaces = [_Space(shape), _Space(factors)]
         self.differences = self.spaces[FACTORS]
         if name == "attn_norm":
-            constant = [1, 2]  # of what is known: the values, and their signs
+            constant = [VALUES, SIGNS]
             self.spaces[FACTORS] = _Space([np.delete(of, constant, axis=0) for of in factors])
-
-    @property
-    def cuts(self) -> bool:
-        """Whether the engine rounds results towards zero."""
-        return self._uncut <= TRUNCATING * self._values
+        mixed, signs = (
+            sum(float(np.sum(of[a] * of[b])) for of in (*shape, *factors))
+            for a, b in ((ERROR, SIGNS), (SIGNS, SIGNS))
+        )
+        self.towards_zero = mixed**2 / signs if signs else 0.0
 
     def look(self, normal: float) -> Look:
         """Seek all mistakes that are not seen anyway, where `normal` is as in floors."""
@@ -297,11 +293,21 @@ class _Filter:
             ]
             which = max(SHAPE, FACTORS, key=lambda at: sum(_square(of[at]) for of in splits))
             one = self._judged(found, [of[which] for of in splits], which)
+            if isinstance(one, Suspicion) and self._gain(splits) <= self.towards_zero:
+                continue
             if isinstance(one, Suspicion):
                 suspicions.append(one)
             elif isinstance(one, Untold):
                 untold.append(one)
         return Look(tested, suspicions, untold)
+
+    def _gain(self, splits: list[Spaces]) -> float:
+        """Return by how much the squares of the error are less without a mistake."""
+        return sum(
+            float(np.sum((2 * piece.known[which][ERROR] - of[which]) * of[which]))
+            for piece, of in zip(self.pieces, splits, strict=True)
+            for which in (SHAPE, FACTORS)
+        )
 
     def _judged(
         self, found: Found, tried: list[np.ndarray], which: int
@@ -353,7 +359,7 @@ class _Filter:
     def _piece(self, span: Span) -> _Piece:
         replay, name, skip = self.replay, self.name, self.skip
         right = self._grouped(replay.compute(name, span, skip, self.dialect))
-        most = max(VALUES // right[0].size, 1)
+        most = max(MOST_VALUES // right[0].size, 1)
         tokens = slice(max(span.first - span.start, len(right) - most), None)
         right = right[tokens]
         dumped = self._grouped(replay.held[name].rows(span.start, span.stop))[tokens]
@@ -370,10 +376,7 @@ class _Filter:
         rows, none = self._rows(span, tokens), np.zeros(0)
         piece = _Piece(span, tokens, np.where(seen, plain, 0.0), weight, basis, rows, (none, none))
         others = (self._changed(piece, of) for of in self._honest())
-        error, sign = (dumped - right) * weight, np.sign(right)
-        self._values += int(np.count_nonzero(seen))
-        self._uncut += int(np.count_nonzero(np.abs(error * sign + 0.5) > 0.5 + TRUNCATING))
-        known = [error, right * weight, sign]
+        known = [(dumped - right) * weight, right * weight, np.sign(right)]
         known = np.stack([*known, *(of for of in others if of.any())])
         return piece._replace(known=_split(known, basis, self.width))
 
