@@ -1,9 +1,10 @@
 """Mistakes, executed: stages of a replay that are computed otherwise."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache, cached_property, partial
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,10 +12,13 @@ import numpy as np
 from qwenref.chain import Span
 from qwenref.mistakes.mistake import CannotBe, Mistake, Setting
 from qwenref.model.formats import in_format
-from qwenref.trial.dialects import EXACT, Dialect, Override
+from qwenref.trial.dialects import EXACT, MATRICES, Dialect, Override
 from qwenref.trial.replay import Replay, Skip
 from qwenref.trial.residual import row_of
 from qwenref.trial.tensors import Tensors
+
+TOGETHER = 256
+"""Rows that are multiplied with a matrix at once: reading it takes as long as 100 of them."""
 
 
 class Found(NamedTuple):
@@ -48,25 +52,28 @@ def variants(
     name: str,
     skip: Skip,
     stage: str,
-    mistake: Mistake,
-    at_hand: "AtHand",
+    mistakes: Iterable[Mistake],
+    tensors: Tensors,
     span: Span,
     dumped: np.ndarray | None,
-) -> Iterator[Found]:
-    """Yield a mistake with all likely values.
+) -> list[Found]:
+    """Return mistakes, those of families with all likely values.
 
     Args:
         replay: What is computed.
         name: The stage that is looked at.
         skip: Whose dumps are not read.
-        stage: Where the mistake is made: in that one, or in one on the way to it.
-        mistake: Which.
-        at_hand: What the stage has at hand.
+        stage: Where mistakes are made: in that one, or in one on the way to it.
+        mistakes: Those that are made there are returned.
+        tensors: What they may take.
         span: Tokens that decide what values are likely.
         dumped: Those of the stage, for values that are fitted; None if none shall be.
     """
-    values: list[Any] = [None]
-    if mistake.values is not None:
+    at_hand, found = AtHand(tensors), []
+
+    def likely(mistake: Mistake) -> list[Any]:
+        if mistake.values is None:
+            return [None]
         find, values = mistake.values, []
 
         def look(setting: Setting) -> np.ndarray:
@@ -76,11 +83,19 @@ def variants(
 
         looking = replace(EXACT, override=Override(stage, at_hand.computing(stage, look)))
         replay.compute(name, span, skip, looking)
-    for number, value in enumerate(values):
-        run = mistake.run if mistake.values is None else partial(_with_value, mistake, value)
-        override = Override(stage, at_hand.computing(stage, run))
-        dialect = replace(EXACT, id=f"{mistake.id}-{number:04}", override=override)
-        yield Found(mistake, stage, value, dialect, np.inf)
+        return values
+
+    for mistake in mistakes:
+        if stage in mistake.stages:
+            for number, value in enumerate(likely(mistake)):
+                run = (
+                    mistake.run if mistake.values is None else partial(_with_value, mistake, value)
+                )
+                at_hand.expected.append(run)
+                override = Override(stage, at_hand.computing(stage, run))
+                dialect = replace(EXACT, id=f"{mistake.id}-{number:04}", override=override)
+                found.append(Found(mistake, stage, value, dialect, np.inf))
+    return found
 
 
 def _with_value(mistake: Mistake, value: Any, setting: Setting) -> np.ndarray:
@@ -109,11 +124,16 @@ def planted_as(
 
 
 class AtHand:
-    """What a stage has at hand; computed once for all mistakes that are made in it."""
+    """What a stage has at hand; computed once for all mistakes that are made in it.
+
+    Attributes:
+        expected: What will be computed; products of matrices are then computed together.
+    """
 
     def __init__(self, tensors: Tensors):
         self._tensors = tensors
         self._latest: tuple[object, Setting] | None = None
+        self.expected: list[Callable[[Setting], np.ndarray]] = []
 
     def computing(
         self, stage: str, run: Callable[[Setting], np.ndarray]
@@ -125,12 +145,79 @@ class AtHand:
         ) -> np.ndarray:
             own = replace(dialect, id="", text="", result="exact", override=None)
             key = span, skip, own
-            if self._latest is None or self._latest[0] != key:
-                self._latest = key, _setting(replay, self._tensors, stage, span, skip, own, given)
             with np.errstate(all="ignore"):
-                return run(self._latest[1])
+                if self._latest is None or self._latest[0] != key:
+                    right = _Right(partial(replay.made, stage, span=span, dialect=own), given)
+                    tensors = self._tensors
+                    setting = _setting(replay, tensors, stage, span, skip, own, right)
+                    self._latest = key, setting
+                setting = self._latest[1]
+                if run in self.expected:
+                    if stage in MATRICES and not own.formats and isinstance(setting.right, _Right):
+                        setting.right.compute_together(setting, self.expected)
+                    self.expected = []
+                return run(setting)
 
         return compute
+
+
+class _Right:
+    """What a stage makes of its inputs, or of others."""
+
+    def __init__(self, made: Callable[..., np.ndarray], given: Sequence[np.ndarray]):
+        """Compute nothing yet.
+
+        Args:
+            made: Computes it.
+            given: The inputs.
+        """
+        self._made, self.given = made, tuple(given)
+        self._known: dict[bytes, np.ndarray] = {}
+
+    def __call__(self, *arrays: np.ndarray) -> np.ndarray:
+        """Compute it, unless it is known."""
+        if all(a is b for a, b in zip(arrays, self.given, strict=True)):
+            return self._usual
+        known = self._known.get(_digest(arrays[0])) if self._known else None
+        return self._made(arrays) if known is None else known
+
+    @cached_property
+    def _usual(self) -> np.ndarray:
+        values = self._made(self.given)
+        values.flags.writeable = False
+        return values
+
+    def compute_together(
+        self, setting: Setting, runs: Iterable[Callable[[Setting], np.ndarray]]
+    ) -> None:
+        """Multiply a matrix once with all inputs of few tokens that will be asked for."""
+        wanted: dict[bytes, np.ndarray] = {}
+        T, width = self.given[0].shape
+        if 2 * T > TOGETHER:
+            return
+
+        def note(x: np.ndarray) -> np.ndarray:
+            if x is not self.given[0] and x.shape == (T, width):
+                wanted[_digest(x)] = x
+            return self._usual
+
+        for run in runs:
+            with suppress(CannotBe):
+                run(replace(setting, right=note))
+        number = TOGETHER // T
+        keys = [*wanted]
+        for first in range(0, len(keys), number):
+            some = keys[first : first + number]
+            rows = np.zeros((TOGETHER, width))
+            rows[: len(some) * T] = np.concatenate([wanted[key] for key in some])
+            values = self._made([rows])
+            for at, key in enumerate(some):
+                self._known[key] = values[at * T : (at + 1) * T]
+                self._known[key].flags.writeable = False
+
+
+def _digest(x: np.ndarray) -> bytes:
+    return blake2b(x.tobytes(), digest_size=16).digest()
 
 
 def _setting(
@@ -140,20 +227,10 @@ def _setting(
     span: Span,
     skip: Skip,
     dialect: Dialect,
-    given: Sequence[np.ndarray],
+    right: _Right,
 ) -> Setting:
     """Return what a stage has at hand for the tokens of a span."""
-    formats, inputs = dict(dialect.formats), tuple(given)
-
-    def right(*arrays: np.ndarray) -> np.ndarray:
-        same = all(a is b for a, b in zip(arrays, inputs, strict=True))
-        return usual() if same else replay.made(stage, arrays, span, dialect)
-
-    @cache
-    def usual() -> np.ndarray:
-        values = replay.made(stage, inputs, span, dialect)
-        values.flags.writeable = False
-        return values
+    formats, inputs = dict(dialect.formats), right.given
 
     def rows(name: str, at: Span = span) -> np.ndarray:
         if not (replay.holds(name, skip) or replay.can(name, skip)):

@@ -29,7 +29,7 @@ from qwenref.mistakes.mistake import CannotBe
 from qwenref.model.formats import spacing
 from qwenref.stages import RESIDUAL
 from qwenref.trial.dialects import INNER, INPUTS, MATRICES, Dialect, operand_dialects, with_weights
-from qwenref.trial.executed import AtHand, Found, variants
+from qwenref.trial.executed import Found, variants
 from qwenref.trial.normal import Honest, floor_of
 from qwenref.trial.precision import Account
 from qwenref.trial.replay import CHAIN, Replay, Skip
@@ -341,20 +341,10 @@ class _Filter:
         both, size = np.array([*sums.values()]).T
         return both[size > 0], size[size > 0]
 
-    def _variants(self) -> Iterator[Found]:
-        at_hand = AtHand(self.tensors)
-        for mistake in MISTAKES:
-            if self.name in mistake.stages and not (mistake.general or mistake.rounds):
-                yield from variants(
-                    self.replay,
-                    self.name,
-                    self.skip,
-                    self.name,
-                    mistake,
-                    at_hand,
-                    self.pieces[0].span,
-                    None,
-                )
+    def _variants(self) -> list[Found]:
+        mistakes = (of for of in MISTAKES if not (of.general or of.rounds))
+        first, name = self.pieces[0].span, self.name
+        return variants(self.replay, name, self.skip, name, mistakes, self.tensors, first, None)
 
     def _piece(self, span: Span) -> _Piece:
         replay, name, skip = self.replay, self.name, self.skip

@@ -10,7 +10,7 @@ from qwenref.chain import Span
 from qwenref.mistakes.catalogue import MISTAKES
 from qwenref.mistakes.mistake import CannotBe
 from qwenref.trial.dialects import EXACT, NARROW, Dialect, operand_dialects
-from qwenref.trial.executed import AtHand, Found, variants
+from qwenref.trial.executed import Found, variants
 from qwenref.trial.normal import Honest, floor_of
 from qwenref.trial.precision import all_fit, ways_to_round
 from qwenref.trial.replay import CHAIN, Replay, Skip
@@ -169,12 +169,10 @@ def _tried(replay: Replay, tensors: Tensors, name: str, skip: Skip, span: Span) 
         ((_, _, dumped),) = compared(replay, name, replay.held[name], skip, spans=[span])
     for stage in CHAIN:
         if stage in on_the_way:
-            at_hand, own = AtHand(tensors), dumped if stage == name else None
-            for mistake in MISTAKES:
-                if stage in mistake.stages:
-                    for of in variants(replay, name, skip, stage, mistake, at_hand, span, own):
-                        try:
-                            error = _error(replay, name, skip, of.dialect, span)
-                        except CannotBe:
-                            continue
-                        yield of._replace(error_after=error)
+            own = dumped if stage == name else None
+            for of in variants(replay, name, skip, stage, MISTAKES, tensors, span, own):
+                try:
+                    error = _error(replay, name, skip, of.dialect, span)
+                except CannotBe:
+                    continue
+                yield of._replace(error_after=error)

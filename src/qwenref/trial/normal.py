@@ -10,7 +10,7 @@ from qwenref.metrics import MARGIN, Errors, Sums, floors_of, for_all_tokens, sum
 from qwenref.model.formats import in_format, spacing
 from qwenref.model.roundoff import generator
 from qwenref.stages import BY_NAME, EMBEDDING, RESIDUAL, Stage
-from qwenref.trial.dialects import EXACT, OPERAND_POINTS, Dialect
+from qwenref.trial.dialects import EXACT, MATRICES, OPERAND_POINTS, Dialect
 from qwenref.trial.held import Held
 from qwenref.trial.replay import Replay, Skip
 
@@ -175,6 +175,11 @@ def _computed(replay: Replay, stage: Stage, skip: Skip, honest: Honest) -> Runs:
         return Runs(value, value + added)
     point = ((OPERAND_POINTS[stage.name], honest.operands),) if rounded else ()
     like = replace(EXACT, formats=point)
+    if stage.name in MATRICES:  # reading the matrix takes longer than multiplying
+        (run,) = runs
+        rows = run.draws.reshape(-1, run.draws.shape[-1])
+        draws = replay.apply(stage, [rows], position, like).reshape(replay.draws, *value.shape)
+        return Runs(value, draws + added)
     draws = [
         replay.apply(stage, [run.draws[r] for run in runs], position, like)
         for r in range(replay.draws)

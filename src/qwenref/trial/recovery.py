@@ -34,11 +34,13 @@ def recovered_tokens(
     """
     used = np.any(rows != 0, axis=0)
     rows = np.where(np.isfinite(rows), rows, 0.0)
-    unit = _unit(rows[:, used].astype(np.float32))
+    unit = rows[:, used].astype(np.float32)
+    unit /= _norm(unit)
     best, tokens = np.full(len(rows), -1.0), np.zeros(len(rows), int)
     of_expected = np.full(len(rows), -1.0)
     for first, piece in checkpoint.rows(EMBEDDING, 0, checkpoint.config.vocab_size):
-        cosines = _unit(piece[:, used].astype(np.float32)) @ unit.T
+        table = (piece if used.all() else piece[:, used]).astype(np.float32)
+        cosines = (table @ unit.T) / _norm(table)
         nearest = cosines.argmax(axis=0)
         found = cosines[nearest, np.arange(len(rows))]
         tokens = np.where(found > best, first + nearest, tokens)
@@ -73,6 +75,6 @@ def in_words(recovered: Sequence[int], expected: Sequence[int]) -> str:
     return f"{text}, not {[*expected]}"
 
 
-def _unit(rows: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(rows, axis=1, keepdims=True)
-    return rows / np.where(norms > 0, norms, 1)
+def _norm(rows: np.ndarray) -> np.ndarray:
+    norms = np.sqrt(np.einsum("td,td->t", rows, rows))[:, None]
+    return np.where(norms > 0, norms, 1)
