@@ -1,6 +1,6 @@
 """Measure how small a mistake may be that `qwenref explain` still sees; for docs/faults.md.
 
-    python scripts/measure_smallest.py --tokens 2 7 40 80
+    python scripts/measure_smallest.py --tokens 2 7 40 64
 
 Planted in the first model of `qwenref selftest`, ever smaller by a third of a decade, from what is
 surely seen until it is not; printed is the smallest that was seen, in steps. Results are written to
@@ -106,7 +106,7 @@ def smallest(field: Field, make: Callable[[float], Plant], largest: float) -> fl
 def main() -> None:
     """Parse the command line, plant, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2, 7, 40, 80])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2, 7, 40, 64])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     options = parser.parse_args()
     result: dict[str, Any] = {"tokens": options.tokens, "smallest": {}, "listed": {}}

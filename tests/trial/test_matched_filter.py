@@ -12,7 +12,8 @@ from qwenref import explain
 from qwenref.bundled import tiny_checkpoint
 from qwenref.stages import EMBEDDING, RESIDUAL
 from qwenref.trial.explanation import Explanation
-from qwenref.trial.matched_filter import LARGEST, LEAST_UNITS, SMALLEST, judged
+from qwenref.trial.least_squares import LEAST_UNITS
+from qwenref.trial.matched_filter import LARGEST, SMALLEST, judged
 
 CUT_OFF = (98, 712, 3681, 7547)
 """Dumps whose engines round towards zero. That does to attn_norm what D - 1 for D does in its mean,

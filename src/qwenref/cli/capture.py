@@ -1,15 +1,12 @@
 """`qwenref capture`: parse, call one function, print."""
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwenref.cli.shared import prepare_for_jax
+from qwenref.cli.shared import prepare_for_jax, shown_progress
 from qwenref.errors import printable
 from qwenref.interrupts import Interrupts
 
@@ -80,7 +77,7 @@ def capture(
 ) -> None:
     """Write the stages of one layer's attention as APRT files, with a manifest."""
     prepare_for_jax(device)
-    with _progress(quiet) as progress, Interrupts() as interrupts:
+    with shown_progress(quiet) as progress, Interrupts() as interrupts:
         # not interrupted: an exception in the midst of an import may be lost, or crash it
         from qwenref import capture as capturing
         from qwenref.bundled import tiny_checkpoint
@@ -111,18 +108,6 @@ def capture(
         typer.echo(done.manifest.to_json(), nl=False)
     elif not quiet:
         typer.echo(_table(done, residual))
-
-
-@contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[[str], object]]:
-    """Show the current step on a terminal; elsewhere show nothing."""
-    if quiet or sys.stderr is None or not sys.stderr.isatty():
-        yield lambda _: None
-        return
-    from rich.console import Console
-
-    with Console(stderr=True).status("starting") as status:
-        yield status.update
 
 
 def _table(done: "Captured", residual: Path | None) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qwenref.cli.shared import prepare_for_jax, print_whole
+from qwenref.cli.shared import prepare_for_jax, print_whole, shown_progress
 from qwenref.errors import QwenrefError
 from qwenref.interrupts import Interrupts
 
@@ -63,7 +63,7 @@ def explain(
         from qwenref.trial import explain as explaining
         from qwenref.trial.words import last_lines, report
 
-        with interrupts.let_through():
+        with interrupts.let_through(), shown_progress(quiet) as progress:
             layer, *others = parse_layers(layers)
             if others:
                 raise QwenrefError(f"--layers {layers!r}: explain takes one layer at a time")
@@ -78,6 +78,7 @@ def explain(
                 exact_weights=exact_weights,
                 quick=quick,
                 device=device,
+                progress=progress,
             )
     shown = "\n".join(last_lines(answer)) if quiet else report(answer)
     print_whole(answer.to_json() if json else shown, json=json)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qwenref.cli.shared import prepare_for_jax
+from qwenref.cli.shared import prepare_for_jax, shown_progress
 from qwenref.interrupts import Interrupts
 
 
@@ -27,7 +27,11 @@ def selftest(
             found, met = [], True
             typer.echo(f"{'':56}visible  found  named  invisible  hidden  false alarms")
             for cell in cells(full=full):
-                here = [*outcomes_in(cell)]
+                here = []
+                with shown_progress(quiet=False) as progress:
+                    for of in outcomes_in(cell):
+                        here.append(of)
+                        progress(f"{cell}: {of.plant}")
                 found += here
                 score = score_of(here)
                 met = met and score.meets(PROMISED[cell.dtype])

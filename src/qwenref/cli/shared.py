@@ -1,8 +1,9 @@
-"""What commands have in common: getting ready for JAX, and printing."""
+"""What commands have in common: getting ready for JAX, printing, progress."""
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 M_ARENA_MAX = -8
 """From glibc's malloc.h: how many heaps threads may have between them."""
@@ -34,3 +35,15 @@ def print_whole(text: str, *, json: bool = False) -> None:
         sys.stdout.buffer.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # for the flush at exit
+
+
+@contextmanager
+def shown_progress(quiet: bool) -> Iterator[Callable[[str], object]]:
+    """Show the current step on a terminal; elsewhere show nothing."""
+    if quiet or sys.stderr is None or not sys.stderr.isatty():
+        yield lambda _: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("starting") as status:
+        yield status.update

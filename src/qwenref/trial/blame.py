@@ -4,8 +4,9 @@ A stage that contradicts what it was computed from is wrong, or just its file is
 computed from it is right if that file is passed over.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -53,6 +54,20 @@ class Standing:
     below: Below | None = None
 
 
+class How(NamedTuple):
+    """What is asked for.
+
+    Attributes:
+        exact_weights: Whether rounded weights are a fault.
+        quick: Whether mistakes are not sought below the noise.
+        progress: Called with the name of each step before it begins.
+    """
+
+    exact_weights: bool
+    quick: bool
+    progress: Callable[[str], object]
+
+
 class Trial:
     """Judges every stage that a replay holds.
 
@@ -65,11 +80,9 @@ class Trial:
         self,
         replay: Replay,
         ways: Mapping[str, Sequence[Held]],
-        leaving: Held | None = None,
-        *,
+        leaving: Held | None,
         tensors: Tensors,
-        exact_weights: bool,
-        quick: bool,
+        how: How,
     ):
         """Judge.
 
@@ -78,14 +91,14 @@ class Trial:
             ways: How each dumped stage may be read.
             leaving: The stream after attn_out was added to it, if that was dumped.
             tensors: What else the engine may have taken.
-            exact_weights: Whether rounded weights are a fault.
-            quick: Whether mistakes are not sought below the noise.
+            how: What is asked for.
         """
         self._leaving, self._ways, self._tensors = leaving, ways, tensors
         self.replay = replay
         self.standings = {name: Standing(name) for name in CHAIN}
-        self._exact_weights = exact_weights
+        self._exact_weights, self._progress = how.exact_weights, how.progress
         self._known: dict[tuple[str, Skip], tuple[Account, dict[str, float] | None]] = {}
+        how.progress("laying out what was dumped")
         for name in CHAIN:
             if name in ways:
                 lay_out(replay, name, ways[name])
@@ -99,17 +112,19 @@ class Trial:
         distrusted = NOTHING
         for name in CHAIN:
             if name in replay.held:
+                how.progress(f"holding {name} to what it was computed from")
                 self.standings[name] = standing = self._stand(name, distrusted)
                 if standing.status == "dumped_wrong":
                     distrusted |= {name}
                     self._lay_out_after(name, distrusted)
-        if not quick:
+        if not how.quick:
             self._look_below()
 
     def _look_below(self) -> None:
         looks = {}
         for name, of in self.standings.items():
             if of.status == "agree" and of.account is not None and not of.bits:
+                self._progress(f"seeking mistakes below the noise of {name}")
                 look = look_below(self.replay, self._tensors, name, of.skip, of.account)
                 if look is not None:
                     looks[name] = look
@@ -168,7 +183,7 @@ class Trial:
             )
             return standing
         if bits and not self._exact_weights:
-            naming = name_cause(self.replay, self._tensors, name, skip)
+            naming = self._named(name, skip)
             if naming.causes:  # that is more than a likeness
                 standing.status, standing.naming, standing.bits = "added", naming, {}
                 return standing
@@ -184,10 +199,14 @@ class Trial:
                 f"nothing explains it, but roundings in {between}, which cannot be read, might"
             )
             return standing
-        standing.naming = name_cause(self.replay, self._tensors, name, skip)
+        standing.naming = self._named(name, skip)
         wrong = self._dumped_wrong(name, skip)
         standing.status = "dumped_wrong" if wrong else "added"
         return standing
+
+    def _named(self, name: str, skip: Skip) -> Naming:
+        self._progress(f"trying which mistake makes {name} what it is")
+        return name_cause(self.replay, self._tensors, name, skip)
 
     def _dumped_wrong(self, name: str, skip: Skip) -> bool:
         """Return whether a wrong file was not what the engine went on with."""

@@ -1,6 +1,6 @@
 """`qwenref explain` for Python: ask one engine's dumps which stage is wrong."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import SupportsIndex
 
@@ -14,7 +14,7 @@ from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.weights import AttentionWeights, check_tensors, read_attention, read_embedding
 from qwenref.oracle import computing, whole_numbers
 from qwenref.stages import RESIDUAL
-from qwenref.trial.blame import Trial
+from qwenref.trial.blame import How, Trial
 from qwenref.trial.case import (
     Case,
     case_of,
@@ -46,6 +46,7 @@ def explain(
     exact_weights: bool = False,
     quick: bool = False,
     device: str = "auto",
+    progress: Callable[[str], object] = lambda _: None,
 ) -> Explanation:
     """Find out which stage of an engine is wrong, and in which precision it computes.
 
@@ -62,6 +63,7 @@ def explain(
         exact_weights: Whether rounded weights are a fault.
         quick: Whether mistakes are not sought below the noise.
         device: As in `qwenref.run`.
+        progress: Called with the name of each step before it begins.
 
     Raises:
         QwenrefError: Something cannot be read or used; one line says what.
@@ -80,15 +82,12 @@ def explain(
         if checkpoint is not None:
             check_tensors(checkpoint, layer, embedding=layer == 0)
             weights, _ = read_attention(checkpoint, layer)
-        found = [
-            _explained(case, weights, exact_weights=exact_weights, quick=quick) for case in cases
-        ]
+        how = How(exact_weights, quick, progress)
+        found = [_explained(case, weights, how) for case in cases]
     return found[0] if len(found) == 1 else _tried(*found)
 
 
-def _explained(
-    case: Case, weights: AttentionWeights | None, *, exact_weights: bool, quick: bool
-) -> Explanation:
+def _explained(case: Case, weights: AttentionWeights | None, how: How) -> Explanation:
     sizes = {letter: case.config.sizes[letter] for letter in "NKHD"}
     own = of_layer(case.dump, case.layer)
     if not own.stages:
@@ -121,7 +120,7 @@ def _explained(
     ways = ways_of(own, case.layer, replay.sizes)
     leaving = leaving_of(case.dump, case.layer, replay.sizes)
     tensors = Tensors(case.config, weights, case.checkpoint, case.layer)
-    trial = Trial(replay, ways, leaving, tensors=tensors, exact_weights=exact_weights, quick=quick)
+    trial = Trial(replay, ways, leaving, tensors, how)
     misfits = misfits_of(own, case.layer, replay)
     found = checks(replay.held, replay.sizes)
     answer = msgspec.structs.replace(

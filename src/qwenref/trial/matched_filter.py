@@ -30,6 +30,7 @@ from qwenref.model.formats import spacing
 from qwenref.stages import RESIDUAL
 from qwenref.trial.dialects import INNER, INPUTS, MATRICES, Dialect, operand_dialects, with_weights
 from qwenref.trial.executed import Found, variants
+from qwenref.trial.least_squares import LEAST_UNITS, Space, certainty, square
 from qwenref.trial.normal import Honest, floor_of
 from qwenref.trial.precision import Account
 from qwenref.trial.replay import CHAIN, Replay, Skip
@@ -38,9 +39,6 @@ from qwenref.trial.tensors import Tensors
 
 SMALLEST, LARGEST = 0.8, 1.2
 """Times a mistake that r holds: by less or more, r is something else."""
-
-LEAST_UNITS = 31
-"""Independent observations without which nothing is said: 30 and the one that is estimated."""
 
 ODDS = 1e-4
 """Of one false conviction in a dump, at most, if roundings are independent: by Bonferroni over all
@@ -193,60 +191,6 @@ class _Piece(NamedTuple):
     known: Spaces
 
 
-class _Fit(NamedTuple):
-    """A mistake in the error.
-
-    Attributes:
-        alpha: How many times.
-        size: Its sum of squares.
-        variance: Of the error's values without it.
-        left: Of it, what no right engine may do, piece by piece.
-    """
-
-    alpha: float
-    size: float
-    variance: float
-    left: list[np.ndarray]
-
-
-class _Space:
-    """The error, without what else a right engine may do.
-
-    Attributes:
-        errors: Piece by piece, [t, U, E].
-        freedom: How many values there are, less those that were fitted.
-    """
-
-    def __init__(self, known: list[np.ndarray]):
-        """Take the error, and what else a right engine may do, piece by piece, [X, t, U, E]."""
-        products = np.sum([np.einsum("xtue,ytue->xy", of, of) for of in known], axis=0)
-        self._inverse = np.linalg.pinv(products[1:, 1:], rcond=1e-10, hermitian=True)
-        self._others = [of[1:] for of in known]
-        self.errors = self._without([of[0] for of in known])
-        number = sum(int(np.count_nonzero(of.any(axis=0))) for of in known)
-        self.freedom = max(number - len(products), 1)
-        self._size = sum(map(_square, self.errors))
-
-    def fit(self, tried: list[np.ndarray]) -> _Fit:
-        """Look for a mistake."""
-        left = self._without(tried)
-        size = sum(map(_square, left))
-        both = sum(float(np.sum(d * r)) for d, r in zip(left, self.errors, strict=True))
-        alpha = both / size if size else 0.0
-        return _Fit(alpha, size, (self._size - alpha * both) / self.freedom, left)
-
-    def _without(self, values: list[np.ndarray]) -> list[np.ndarray]:
-        products = [
-            np.einsum("xtue,tue->x", others, of)
-            for others, of in zip(self._others, values, strict=True)
-        ]
-        much = self._inverse @ np.sum(products, axis=0)
-        return [
-            of - np.tensordot(much, others, 1)
-            for others, of in zip(self._others, values, strict=True)
-        ]
-
-
 class _Filter:
     """Seeks mistakes in one stage."""
 
@@ -265,11 +209,11 @@ class _Filter:
         self.size = sum(float(np.sum(np.square(of.plain * of.weight))) for of in self.pieces)
         self.least = (MARGIN * float32) ** 2 * self.size
         shape, factors = ([piece.known[of] for piece in self.pieces] for of in (SHAPE, FACTORS))
-        self.spaces = [_Space(shape), _Space(factors)]
+        self.spaces = [Space(shape), Space(factors)]
         self.differences = self.spaces[FACTORS]
         if name == "attn_norm":
             constant = [VALUES, SIGNS]
-            self.spaces[FACTORS] = _Space([np.delete(of, constant, axis=0) for of in factors])
+            self.spaces[FACTORS] = Space([np.delete(of, constant, axis=0) for of in factors])
         mixed, signs = (
             sum(float(np.sum(of[a] * of[b])) for of in (*shape, *factors))
             for a, b in ((ERROR, SIGNS), (SIGNS, SIGNS))
@@ -285,13 +229,13 @@ class _Filter:
             except CannotBe:
                 continue
             tested += 1
-            if sum(map(_square, tried)) > (MARGIN * normal) ** 2 * self.size:
+            if sum(map(square, tried)) > (MARGIN * normal) ** 2 * self.size:
                 continue
             splits = [
                 _split(of, piece.basis, self.width)
                 for of, piece in zip(tried, self.pieces, strict=True)
             ]
-            which = max(SHAPE, FACTORS, key=lambda at: sum(_square(of[at]) for of in splits))
+            which = max(SHAPE, FACTORS, key=lambda at: sum(square(of[at]) for of in splits))
             one = self._judged(found, [of[which] for of in splits], which)
             if isinstance(one, Suspicion) and self._gain(splits) <= self.towards_zero:
                 continue
@@ -320,7 +264,7 @@ class _Filter:
         z = math.sqrt(fit.size / fit.variance)
         if SMALLEST <= fit.alpha <= LARGEST and fit.alpha * z >= PROMISING:
             units = self._units(space.errors, fit.left)
-            certain = _certainty(units, fit.variance, space.freedom, few=which == FACTORS)
+            certain = certainty(units, fit.variance, space.freedom, few=which == FACTORS)
             if which == FACTORS and self.differences.fit(tried).alpha < ALIKE:
                 return None
             if certain is not None:
@@ -413,10 +357,6 @@ class _Filter:
         return x.reshape(len(x), self.replay.sizes["N"] if heads else 1, -1)
 
 
-def _square(x: np.ndarray) -> float:
-    return float(np.sum(np.square(x)))
-
-
 def _basis(name: str, right: np.ndarray, weight: np.ndarray) -> np.ndarray:
     """Return directions of the factors that the values of a group have in common, orthonormal."""
     first = _normed(right * weight)
@@ -442,37 +382,3 @@ def _split(x: np.ndarray, basis: np.ndarray, width: int) -> Spaces:
         shape = np.pad(shape, [(0, 0)] * (x.ndim - 1) + [(0, -E % width)])
         shape = shape.reshape(*x.shape[:-2], -1, width)
     return shape, factors.reshape(*x.shape[:-2], 1, -1)
-
-
-def _certainty(
-    units: tuple[np.ndarray, np.ndarray], variance: float, freedom: int, *, few: bool
-) -> float | None:
-    """Return z, which is not owed to a single unit; None if there are not enough of them.
-
-    Args:
-        units: <r,d> and <d,d> of each.
-        variance: Of values.
-        freedom: How many values there are beyond those that are fitted.
-        few: Whether a unit has few values; of those that have many, those count in which the
-            mistake is.
-    """
-    both, size = units
-    number = len(size) if few else int(size.sum() ** 2 / _square(size))
-    if number < LEAST_UNITS:
-        return None
-    others = np.arange(len(both)) != np.argmax(both)
-    freedom = min(number - 1, freedom)
-    return min(_z(b, s, variance, freedom) for b, s in ((both, size), (both[others], size[others])))
-
-
-def _z(both: np.ndarray, size: np.ndarray, variance: float, freedom: int) -> float:
-    """Return how sure it is that alpha is not 0, in deviations of a normal variable.
-
-    The error of alpha is that of independent values, or that which is seen between units if that is
-    more. Student's t as a normal variable: sqrt(n log(1 + t**2 / n)) (Wallace 1959, less than it).
-    """
-    total = float(size.sum())
-    alpha = float(both.sum()) / total
-    deviation = math.sqrt(max(variance * total, _square(both - alpha * size)))
-    t = alpha * total / deviation
-    return math.sqrt(freedom * math.log1p(t * t / freedom)) if t > 0 else 0.0
