@@ -73,6 +73,7 @@ class Trial:
 
     Attributes:
         replay: The dumps, laid out.
+        tensors: What else the engine may have taken.
         standings: By stage, in chain order.
     """
 
@@ -93,7 +94,7 @@ class Trial:
             tensors: What else the engine may have taken.
             how: What is asked for.
         """
-        self._leaving, self._ways, self._tensors = leaving, ways, tensors
+        self._leaving, self._ways, self.tensors = leaving, ways, tensors
         self.replay = replay
         self.standings = {name: Standing(name) for name in CHAIN}
         self._exact_weights, self._progress = how.exact_weights, how.progress
@@ -125,7 +126,7 @@ class Trial:
         for name, of in self.standings.items():
             if of.status == "agree" and of.account is not None and not of.bits:
                 self._progress(f"seeking mistakes below the noise of {name}")
-                look = look_below(self.replay, self._tensors, name, of.skip, of.account)
+                look = look_below(self.replay, self.tensors, name, of.skip, of.account)
                 if look is not None:
                     looks[name] = look
         for name, below in judged(looks).items():
@@ -206,7 +207,7 @@ class Trial:
 
     def _named(self, name: str, skip: Skip) -> Naming:
         self._progress(f"trying which mistake makes {name} what it is")
-        return name_cause(self.replay, self._tensors, name, skip)
+        return name_cause(self.replay, self.tensors, name, skip)
 
     def _dumped_wrong(self, name: str, skip: Skip) -> bool:
         """Return whether a wrong file was not what the engine went on with."""

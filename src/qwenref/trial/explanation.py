@@ -17,10 +17,11 @@ class DialectFound(msgspec.Struct, frozen=True):
 
 
 class Named(msgspec.Struct, frozen=True):
-    """A mistake, by name."""
+    """A mistake, by name, that cannot be told from another here; and what would tell, in words."""
 
     id: str
     text: str
+    told_by: str | None = None
 
 
 class Cause(msgspec.Struct, frozen=True):

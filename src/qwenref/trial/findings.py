@@ -1,6 +1,6 @@
 """From the standing of each stage to what is reported of it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -29,6 +29,7 @@ from qwenref.trial.pattern import pattern_of
 from qwenref.trial.precision import all_fit
 from qwenref.trial.replay import CHAIN
 from qwenref.trial.residual import residual_of
+from qwenref.trial.telling import told_by
 
 WRONG = ("added", "dumped_wrong")
 
@@ -124,24 +125,31 @@ def _stage(trial: Trial, standing: Standing, status: Status, reason: str | None)
             DialectFound(of.dialect.id, of.dialect.text, of.error_after)
             for of in standing.account.choices
         ],
-        **_causes(standing.naming),
-        **_hidden(standing.below),
+        **_causes(trial, standing.naming),
+        **_hidden(trial, standing.below),
     )
 
 
-def _causes(naming: Naming | None) -> dict[str, Any]:
+def _causes(trial: Trial, naming: Naming | None) -> dict[str, Any]:
     """Return the fields that name a mistake."""
     if naming is None or not (naming.causes or naming.nearest):
         return {}
     if naming.nearest is not None:
         return {"nearest": _cause(naming.nearest)}
     best, *others = naming.causes
-    names = dict.fromkeys(Named(of.mistake.id, of.text) for of in others)
-    names.pop(Named(best.mistake.id, best.text), None)
-    return {"cause": _cause(best), "equivalent": [*names]}
+    return {"cause": _cause(best), "equivalent": _equivalent(trial, best, others)}
 
 
-def _hidden(below: Below | None) -> dict[str, Any]:
+def _equivalent(trial: Trial, best: Found, others: Iterable[Found]) -> list[Named]:
+    """Return what cannot be told from the best, once each."""
+    same = {(of.mistake.id, of.text): of for of in others}
+    same.pop((best.mistake.id, best.text), None)
+    return [
+        Named(*name, told_by(trial.replay, trial.tensors, best, of)) for name, of in same.items()
+    ]
+
+
+def _hidden(trial: Trial, below: Below | None) -> dict[str, Any]:
     """Return the fields of what is below the noise."""
     if below is None:
         return {}
@@ -150,7 +158,7 @@ def _hidden(below: Below | None) -> dict[str, Any]:
         return {"unseen": unseen}
     best, *others = below.hidden
     said = Hidden(best.found.mistake.id, best.found.text, best.alpha, best.z)
-    same = [Named(of.found.mistake.id, of.found.text) for of in others]
+    same = _equivalent(trial, best.found, (of.found for of in others))
     return {"hidden": said, "equivalent": same, "unseen": unseen}
 
 

@@ -110,6 +110,14 @@ class Replay:
         other.__dict__ |= self.__dict__ | {"held": {}, "_known": {}}
         return other
 
+    def entered_by(self, rows: np.ndarray) -> "Replay":
+        """Return the same layer, computed from another stream that enters it, [T, D]."""
+        other = self.without_dumps()
+        T = len(rows)
+        other.sizes, other.spans = self.sizes | {"T": T, "S": T}, spans_of(0, T, ROWS)
+        other._entering = rows
+        return other
+
     def hold(self, name: str, held: Held) -> None:
         """Take a dump of a stage, or another reading of it."""
         self.held[name] = held
