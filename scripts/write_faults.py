@@ -3,6 +3,8 @@
 python scripts/write_faults.py
 """
 
+import json
+from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
 
@@ -12,6 +14,19 @@ from qwenref.mistakes.mistake import Mistake
 from qwenref.mistakes.seen import SEEN
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "faults.md"
+
+SMALLEST = PAGE.parent / "smallest.json"
+
+SMALLEST_HEAD = """## The smallest that is seen
+
+By `python scripts/measure_smallest.py`, planted in the first model of `qwenref selftest`, 84 wide.
+Of the first table x is given, in steps of a third of a decade: all that are larger are seen too.
+Below 4 floors of the engine's precision nothing is seen but what the matched filter knows, which is
+in the second table.
+"""
+
+SMALLEST_TAIL = """`seen`: larger than the noise. `hidden`: below it, and proven by the matched
+filter. `no`: it cannot be seen with so few tokens, or does less than 4 float32 floors."""
 
 HEAD = """# Mistakes that `qwenref explain` names
 
@@ -33,7 +48,27 @@ def faults() -> str:
         for mistake in MISTAKES
         if mistake.id in SEEN
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_smallest()]) + "\n"
+
+
+def _smallest() -> Iterator[str]:
+    """Yield how small a mistake may be that is seen, as was measured."""
+    measured = json.loads(SMALLEST.read_text(encoding="utf-8"))
+    tokens = [f"{T} tokens" for T in measured["tokens"]]
+    yield SMALLEST_HEAD
+    for table in ("smallest", "listed"):
+        yield f"| mistake, precision of the engine | {' | '.join(tokens)} |"
+        yield "|---" * (len(tokens) + 1) + "|"
+        for text, values in measured[table].items():
+            yield f"| {text} | {' | '.join(map(_shown, values))} |"
+        yield ""
+    yield SMALLEST_TAIL
+
+
+def _shown(value: float | str | None) -> str:
+    if value is None:
+        return "none"
+    return value if isinstance(value, str) else f"{value:.1e}"
 
 
 def _where(mistake: Mistake) -> str:

@@ -2,9 +2,10 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
-from hf_faults import FAULTS, Fault, captured
+from hf_faults import FAULTS, Change, Fault, captured
 from write_faults import PAGE, faults
 
 from qwenref import explain
@@ -42,6 +43,29 @@ def test_a_mistake_in_transformers(fault: Fault, dtype: str) -> None:
         return
     assert all(of.cause for of in wrong)
     assert any(word.lower() in said(answer) for word in fault.words), said(answer)
+
+
+PAIRS = (
+    ("norm eps 1e-3", "o_proj left out"),
+    ("neighbours turned", "no causal mask"),
+    ("k and v swapped", "temperature 0.7"),
+    ("all biases dropped", "theta 10000"),
+)
+
+
+@pytest.mark.parametrize("names", PAIRS, ids=" and ".join)
+def test_two_mistakes_in_transformers(names: tuple[str, str]) -> None:
+    first, second = (next(of for of in FAULTS if of.name == name) for name in names)
+
+    def changes(model: Any) -> list[Change]:
+        return [*first.changes(model), *second.changes(model)]
+
+    both = first._replace(changes=changes)
+    model = tiny_checkpoint()
+    answer = explain(captured(both, model, TOKENS, "float32"), model=model, tokens=TOKENS)
+    assert {*answer.origins} == first.expected | second.expected
+    for fault in (first, second):
+        assert any(word.lower() in said(answer) for word in fault.words), said(answer)
 
 
 def test_the_page_of_mistakes_is_what_the_code_has() -> None:

@@ -8,6 +8,7 @@ from qwenref.mistakes.mistake import CannotBe
 from qwenref.trial.dialects import EXACT
 from qwenref.trial.executed import Found, planted_as
 from qwenref.trial.replay import ROWS, Replay
+from qwenref.trial.residual import row_of
 from qwenref.trial.tensors import Tensors
 
 LONGER = 24
@@ -53,6 +54,7 @@ def _executed(replay: Replay, tensors: Tensors, found: Found) -> np.ndarray | No
     """Return the stage where a mistake is made, with it; None if it cannot be made there."""
     of_value = found.mistake, found.value, found.stage, EXACT, tensors
     try:
-        return replay.compute(found.stage, replay.spans[0], dialect=planted_as(*of_value))
+        values = replay.compute(found.stage, replay.spans[0], dialect=planted_as(*of_value))
+        return np.tril(values) if row_of(found.stage).masked else values
     except (CannotBe, IndexError, ValueError):  # its value may be of the other prompt
         return None

@@ -256,8 +256,8 @@ def _notes(of: StageExplained) -> Iterator[str]:
     if of.hidden is not None:
         yield f"hidden under the noise: {_certain(of.hidden)}"
     for other in of.equivalent:
-        told = other.told_by or "no other prompt that was tried"
-        yield f"or {other.text}: the same here ({told} would tell)"
+        told = f"; {other.told_by} would tell" if other.told_by else ", and on other prompts"
+        yield f"or {other.text}: the same here{told}"
     if of.bridged and of.computed_from:
         yield f"computed from {_listed(of.computed_from)}: {_listed(of.bridged)} cannot be read"
     for at, dialect in enumerate(of.dialects):
