@@ -11,7 +11,7 @@ from qwenref.interrupts import Interrupts
 
 def selftest(
     full: Annotated[
-        bool, typer.Option("--full", help="All shapes, lengths and precisions: half an hour.")
+        bool, typer.Option("--full", help="All shapes, lengths and precisions: an hour.")
     ] = False,
 ) -> int:
     """Plant every known mistake in a random model, and see whether explain finds and names it.
