@@ -94,7 +94,7 @@ def look_at(number: int, folder: Path) -> tuple[str, dict[str, Look]]:
         for of in names:
             lay_out(replay, of, ways[of])
         account = account_of(replay, wanted.name)
-        tensors = Tensors(checkpoint.config, weights, checkpoint, 0)
+        tensors = Tensors(checkpoint.config, weights, checkpoint, 0, tokens)
         look = look_below(replay, tensors, wanted.name, NOTHING, account)
     text = f"{number}: {about}, {len(tokens)} tokens, {style}"
     return text, {wanted.name: look} if look is not None and account.agrees else {}

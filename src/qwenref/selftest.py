@@ -154,7 +154,7 @@ class Field:
         self.tokens = rng.integers(config.vocab_size, size=cell.T).tolist()
         self.weights, _ = read_attention(self.checkpoint, 0)
         self.entering, _ = read_embedding(self.checkpoint, self.tokens)
-        self.tensors = Tensors(config, self.weights, self.checkpoint, 0)
+        self.tensors = Tensors(config, self.weights, self.checkpoint, 0, self.tokens)
 
     def grown(self, plant: Plant) -> tuple[dict[str, np.ndarray], set[str]]:
         """Return the arrays of an engine with a mistake or none, and the stages in which it shows.

@@ -3,6 +3,7 @@
 from qwenref.mistakes import (
     anywhere,
     bias,
+    embedding,
     norm,
     output,
     projections,
@@ -15,6 +16,8 @@ from qwenref.mistakes.mistake import Mistake
 
 MISTAKES: tuple[Mistake, ...] = tuple(
     mistake
-    for module in (norm, projections, bias, rope, scores, softmax, values, output, anywhere)
+    for module in (
+        *(embedding, norm, projections, bias, rope, scores, softmax, values, output, anywhere),
+    )
     for mistake in module.MISTAKES
 )

@@ -26,6 +26,7 @@ class Setting:
         unmasked: Scores of these queries, with what they do not see, [N, T, S].
         tensor: A vector of the checkpoint, by its field of `AttentionWeights`, or by another name
             within the layer; of a layer, counted from this one.
+        table: Another table's rows of these tokens, [T, D], by its name in the checkpoint.
         product: x @ W.T, where W is found like a vector; or x @ W, as W lies in memory.
     """
 
@@ -40,6 +41,7 @@ class Setting:
     everywhere: Callable[[str], np.ndarray]
     unmasked: Callable[[], np.ndarray]
     tensor: Callable[..., np.ndarray]
+    table: Callable[[str], np.ndarray]
     product: Callable[..., np.ndarray]
 
 

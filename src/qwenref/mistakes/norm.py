@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from qwenref.mistakes.mistake import Mistake, Setting, needs
+from qwenref.mistakes.mistake import Mistake, Setting, any_of, needs
 from qwenref.stages import RESIDUAL
 
 STAGE = ("attn_norm",)
@@ -117,6 +117,15 @@ def _of_token(s: Setting, token: int) -> np.ndarray:
     (x,) = s.given
     row = s.everywhere(RESIDUAL)[token]
     return _scaled(s, x, np.full((len(x), 1), np.mean(np.square(row)) + s.config.rms_norm_eps))
+
+
+def _per_shard(s: Setting, number: int) -> np.ndarray:
+    """The channels of a token lie on several devices, whose sums are not added up."""
+    (x,) = s.given
+    needs(s.sizes["D"] % number == 0)
+    parts = x.reshape(len(x), number, -1)
+    square = np.broadcast_to(_mean_square(parts), parts.shape).reshape(x.shape)
+    return _scaled(s, x, square + s.config.rms_norm_eps)
 
 
 def _weight(s: Setting, weight: np.ndarray) -> np.ndarray:
@@ -250,6 +259,16 @@ MISTAKES = (
         _of_token,
         lambda s, _: (0, s.sizes["T"] - 1),
         planted=(0,),
+    ),
+    Mistake(
+        "norm-per-shard",
+        STAGE,
+        "each of {} shards of the channels has a root mean square of its own",
+        "x[i] / sqrt(mean(x[i]**2) + eps) * w[i]",
+        "a factor per token and shard",
+        _per_shard,
+        any_of(2, 4, 8),
+        planted=(2, 4),
     ),
     Mistake(
         "norm-weight-forgotten",

@@ -11,6 +11,7 @@ SEEN = {
         "norm-eps": "apache/tvm/pull/15856 meta-llama/llama/issues/771",
         "norm-eps-outside": "allenai/OLMo/issues/281 tile-ai/tilelang/pull/1243",
         "norm-eps-of-maximum": "apple/coremltools/pull/2822",
+        "norm-per-shard": "axonn-ai/yalis/pull/36",
         "norm-mean-subtracted": "ggml-org/llama.cpp/issues/173",
         "norm-multiplied": "mosaicml/llm-foundry/issues/371",
         "norm-over-all": "bkitano/llama-from-scratch/issues/4",
@@ -47,7 +48,7 @@ SEEN = {
         "mask-weak": "NVIDIA/TransformerEngine/pull/1268 huggingface/transformers/pull/17306",
         "softmax-overflow": "pytorch/executorch/pull/18407 NVIDIA/FasterTransformer/issues/43",
         "softmax-over-queries": "labmlai/annotated_deep_learning_paper_implementations/issues/146",
-        "softmax-sink": "kyegomez/AttentionIsOFFByOne/issues/5",
+        "softmax-one-unscaled": "kyegomez/AttentionIsOFFByOne/issues/5",
         "values-keys": "snu-comparch/InfiniGen/issues/5",
         "values-rotated": "lucidrains/x-transformers/issues/182",
         "values-head-order": "huggingface/transformers/pull/34942 "

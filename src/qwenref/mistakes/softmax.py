@@ -176,6 +176,13 @@ def _sink(s: Setting, sink: float) -> np.ndarray:
     return powers / (powers.sum(axis=-1, keepdims=True) + np.exp(sink - largest))
 
 
+def _one_unscaled(s: Setting) -> np.ndarray:
+    scores, seen = s.given[0], _visible(s)
+    largest = np.max(np.where(seen, scores, -np.inf), axis=-1, keepdims=True)
+    powers = np.where(seen, np.exp(scores - largest), 0.0)
+    return powers / (powers.sum(axis=-1, keepdims=True) + 1)
+
+
 def _sinks(s: Setting, dumped: np.ndarray | None) -> Iterator[float]:
     yield 0.0
     if dumped is None or not np.isfinite(dumped).all():
@@ -393,6 +400,14 @@ MISTAKES = (
         _sink,
         _sinks,
         planted=(0.0, 1.5),
+    ),
+    Mistake(
+        "softmax-one-unscaled",
+        STAGE,
+        "1 added to the sum, which the largest score was subtracted in, and not in the 1",
+        "exp(s - largest) / (sum of exp(s - largest) + 1)",
+        "every row by a factor",
+        _one_unscaled,
     ),
     Mistake(
         "softmax-dropout",

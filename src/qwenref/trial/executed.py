@@ -266,6 +266,7 @@ def _setting(
         everywhere=everywhere,
         unmasked=unmasked,
         tensor=cache(tensors.vector),
+        table=lambda name: tensors.table(name, np.arange(span.start, span.stop)),
         product=_remembering(tensors.product, inputs),
     )
 

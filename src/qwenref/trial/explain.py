@@ -119,7 +119,7 @@ def _explained(case: Case, weights: AttentionWeights | None, how: How) -> Explan
     replay = Replay(case.config, weights, T, entering)
     ways = ways_of(own, case.layer, replay.sizes)
     leaving = leaving_of(case.dump, case.layer, replay.sizes)
-    tensors = Tensors(case.config, weights, case.checkpoint, case.layer)
+    tensors = Tensors(case.config, weights, case.checkpoint, case.layer, tokens or ())
     trial = Trial(replay, ways, leaving, tensors, how)
     misfits = misfits_of(own, case.layer, replay)
     found = checks(replay.held, replay.sizes)

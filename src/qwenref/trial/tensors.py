@@ -1,6 +1,6 @@
 """Tensors that an engine may have taken by mistake, read when they are asked for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -22,6 +22,7 @@ class Tensors:
         weights: AttentionWeights | None = None,
         checkpoint: Checkpoint | None = None,
         layer: int = 0,
+        tokens: Sequence[int] = (),
     ):
         """Read nothing yet.
 
@@ -30,7 +31,9 @@ class Tensors:
             weights: The layer's, as they were read.
             checkpoint: Where others are.
             layer: Which layer.
+            tokens: The prompt, if it is known.
         """
+        self._tokens = tokens
         self._config, self._weights, self._checkpoint = config, weights, checkpoint
         self._layer = layer
 
@@ -41,6 +44,24 @@ class Tensors:
             CannotBe: There is none.
         """
         return np.concatenate([*self._rows(name, beside)])
+
+    def table(self, name: str, positions: np.ndarray) -> np.ndarray:
+        """Return rows of a table of all tokens, for those at some positions, [T, D].
+
+        Raises:
+            CannotBe: There is none, or the tokens are not known.
+        """
+        shape = self._config.vocab_size, self._config.hidden_size
+        if self._checkpoint is None or len(self._tokens) <= positions.max():
+            raise CannotBe
+        if self._checkpoint.problems({name: shape}):
+            raise CannotBe
+        rows = [
+            piece[0]
+            for token in np.asarray(self._tokens)[positions].tolist()
+            for _, piece in self._checkpoint.rows(name, token, token + 1)
+        ]
+        return np.stack(rows).astype(np.float64)
 
     def product(
         self, x: np.ndarray, name: str, beside: int = 0, *, as_it_lies: bool = False
