@@ -54,10 +54,10 @@ DIFFERENT = 9.0
 PROMISING = 4.0
 """z, all values taken as independent, from which on it is found out which are; below `ODDS`'s."""
 
-PIECES = 4
+PIECES = 2
 """Of a long prompt, at most: spans that are looked at, the first and the last among them."""
 
-MOST_VALUES = 1 << 20
+MOST_VALUES = 1 << 18
 """Of a span, at most; else its last tokens are looked at."""
 
 
