@@ -18,8 +18,10 @@ from comparison import rel_l2
 from helpers import TINY, Cli, Tensors, attention_of, change_tensors, replay
 
 import qwenref
+from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.precision import PRECISIONS, RESULTS, Precision
 from qwenref.model.random_checkpoint import Shape, write
+from qwenref.model.weights import read_attention
 from qwenref.oracle import computing
 from qwenref.stages import ATTENTION
 
@@ -120,6 +122,29 @@ class Replay(NamedTuple):
     slack: np.ndarray | float = 0.0
 
 
+def slack_of(directory: Path, theirs: Arrays) -> Arrays:
+    """Return n * 2^-24 * sum |terms|: how far a float32 sum of n products may be off, in any order.
+
+    Source: Higham, Accuracy and Stability of Numerical Algorithms, section 3.1 (gamma_n).
+    """
+    weights, _ = read_attention(Checkpoint(directory), 0)
+    qkv, out = (
+        np.abs(np.concatenate([matrix.astype(np.float64) for matrix in matrices]))
+        for matrices in ([weights.q_proj, weights.k_proj, weights.v_proj], [weights.o_proj])
+    )
+    size = {name: np.abs(array).astype(np.float64) for name, array in theirs.items()}
+    q, k = size["q_post_rope"], size["k_post_rope"]
+    G, H = q.shape[1] // k.shape[1], q.shape[2]
+    terms = {
+        "qkv_matmul": size["attn_norm"] @ qkv.T,
+        "attn_scores": np.einsum("TNH,SNH->NTS", q, k.repeat(G, axis=1)) * H**-0.5,
+        "attn_out": size["attention"] @ out.T,
+    }
+    lengths = {"qkv_matmul": qkv.shape[1], "attn_scores": H, "attn_out": out.shape[1]}
+    found = {name: lengths[name] * 2.0**-24 * terms[name] for name in terms}
+    return found | {"qkv_bias": found["qkv_matmul"]}
+
+
 @pytest.fixture(scope="module")
 def replays(checkpoints: dict[str, tuple[Path, list[int]]]) -> Callable[[str], dict]:
     @cache
@@ -130,12 +155,7 @@ def replays(checkpoints: dict[str, tuple[Path, list[int]]]) -> Callable[[str], d
             precision = PRECISIONS[dtype]
             ours = replayed(directory, precision, theirs)
             exact = replayed(directory, replace(precision, arithmetic="float64"), theirs)
-            q, k = (
-                np.abs(theirs[name]).astype(np.float64) for name in ("q_post_rope", "k_post_rope")
-            )
-            G, H = q.shape[1] // k.shape[1], q.shape[2]
-            terms = np.einsum("TNH,SNH->NTS", q, k.repeat(G, axis=1)) * H**-0.5
-            slack = {"attn_scores": H * 2.0**-24 * terms}
+            slack = slack_of(directory, theirs)
             for name in NAMES:
                 a, b, c = (flushed(arrays[name]) for arrays in (theirs, ours, exact))
                 found[name].append(Replay(a, b, c, slack.get(name, 0.0)))
@@ -182,14 +202,17 @@ def test_no_rounding_point_can_be_left_out(
 def test_a_whole_chain_stays_near_that_of_transformers(
     dtype: str, checkpoints: dict[str, tuple[Path, list[int]]]
 ) -> None:
+    """To a fifth of what the format costs; measured: a fourteenth to an eighth, by the CPU."""
     directory, tokens = checkpoints["D=896"]
     theirs = stages_of(load(directory, dtype), tokens, [0])[0]
-    ours = qwenref.run(directory, tokens, dtype=dtype, layout="hf")
+    ours, exact = (
+        qwenref.run(directory, tokens, dtype=each, layout="hf") for each in (dtype, "float64")
+    )
     for name in NAMES:
-        a, b = getattr(ours, name), theirs[name]
-        a = a.swapaxes(0, 1) if name.endswith("rope") else a
-        assert np.mean(a == b) >= 0.97, name
-        assert rel_l2(a, b) <= 1e-3, name  # measured: 5.5e-4, of 8e-3 that bfloat16 is off itself
+        a, b, truth = getattr(ours, name), theirs[name], getattr(exact, name)
+        if name.endswith("rope"):
+            a, truth = a.swapaxes(0, 1), truth.swapaxes(0, 1)
+        assert rel_l2(a, b) <= rel_l2(truth, b) / 5, name
 
 
 def test_float16_overflows_where_transformers_does(tmp_path: Path, cli: Cli) -> None:
