@@ -26,6 +26,11 @@ from processes import Start, starting  # noqa: E402
 SMALL = Shape(84, 6, 2, intermediate_size=16, num_hidden_layers=2, vocab_size=320)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep compiled programs for the next run of the tests, apart from the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(config.cache.mkdir("programs"))
+
+
 @pytest.fixture
 def cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
     """Run `qwenref ARGS` in this process, in an empty working directory, `tmp_path`/"cwd"."""

@@ -52,12 +52,23 @@ def chain_pieces(
         residual: The stream that enters it, [T, D], in a dtype that widens to the layer's.
         wanted: Stages of `qwenref.stages.ALL`; `EMBEDDING` is `residual` itself.
     """
-    for stage, span, array in _computed(attention, residual, needed_for(wanted)):
+    for stage, span, array in _begun_ahead(_computed(attention, residual, needed_for(wanted))):
         if stage in wanted:
             if stage.name == "qkv_matmul":
                 array = attention.at("qkv_matmul", array)
             new = *([slice(None)] * stage.axes.index("T")), slice(span.first - span.start, None)
             yield Piece(stage, span.first, np.asarray(array)[new])
+
+
+def _begun_ahead(computed: Iterator[Computed]) -> Iterator[Computed]:
+    """Let JAX begin with an array before the one before it is looked at, and waited for."""
+    last = next(computed, None)
+    for following in computed:
+        if last is not None:
+            yield last
+        last = following
+    if last is not None:
+        yield last
 
 
 def _computed(

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwenref.cli.shared import prepare_for_jax, shown_progress
+from qwenref.cli.shared import ready_for_jax, shown_progress
 from qwenref.errors import printable
 from qwenref.interrupts import Interrupts
 
@@ -76,8 +76,11 @@ def capture(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No table, no progress.")] = False,
 ) -> None:
     """Write the stages of one layer's attention as APRT files, with a manifest."""
-    prepare_for_jax(device)
-    with shown_progress(quiet) as progress, Interrupts() as interrupts:
+    with (
+        ready_for_jax(device),
+        shown_progress(quiet) as progress,
+        Interrupts() as interrupts,
+    ):
         # not interrupted: an exception in the midst of an import may be lost, or crash it
         from qwenref import capture as capturing
         from qwenref.bundled import tiny_checkpoint

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from qwenref.cli.shared import prepare_for_jax, print_whole, shown_progress
+from qwenref.cli.shared import print_whole, ready_for_jax, shown_progress
 from qwenref.errors import QwenrefError
 from qwenref.interrupts import Interrupts
 
@@ -55,8 +55,7 @@ def explain(
     Exit status: 0 none is, 1 one is, 2 neither can be said.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads take longer to start than to help
-    prepare_for_jax(device)
-    with Interrupts() as interrupts:
+    with ready_for_jax(device), Interrupts() as interrupts:
         # not interrupted: an exception in the midst of an import may be lost, or crash it
         from qwenref.model.tokens import parse_tokens
         from qwenref.stages import parse_layers

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from qwenref.cli.shared import prepare_for_jax, shown_progress
+from qwenref.cli.shared import ready_for_jax, shown_progress
 from qwenref.interrupts import Interrupts
 
 
@@ -19,8 +19,7 @@ def selftest(
     Exit status: 0 all is found, and named as far as is promised; 1 not.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    prepare_for_jax("cpu")
-    with Interrupts() as interrupts:
+    with ready_for_jax("cpu"), Interrupts() as interrupts:
         from qwenref.selftest import PROMISED, cells, outcomes_in, score_of
 
         with interrupts.let_through():

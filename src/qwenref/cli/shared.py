@@ -9,15 +9,20 @@ M_ARENA_MAX = -8
 """From glibc's malloc.h: how many heaps threads may have between them."""
 
 
-def prepare_for_jax(device: str) -> None:
-    """Set what has to be set before JAX is imported."""
+@contextmanager
+def ready_for_jax(device: str) -> Iterator[None]:
+    """Set what has to be set before JAX is imported, which is to be done in the block."""
     import ctypes
+
+    from qwenref.programs import kept_programs
 
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # others use the GPU too
     if device == "cpu":
         os.environ["JAX_PLATFORMS"] = "cpu"  # do not even wake the GPU
     with suppress(AttributeError):  # there is mallopt in glibc, where each thread of XLA would
         ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)  # otherwise keep freed memory for itself
+    with kept_programs():
+        yield
 
 
 def print_whole(text: str, *, json: bool = False) -> None:

@@ -4,7 +4,7 @@ The safetensors library parses and validates the files; names, shapes and dtypes
 with what the configuration says, so that nothing is allocated because a file claims it.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import ml_dtypes
@@ -33,6 +33,9 @@ LFS_POINTER = b"version https://git-lfs"
 
 CHUNK = 1 << 22
 """Bytes mapped at a time: pages of the file count as memory only while one chunk is read."""
+
+OPENED = 64
+"""Single rows read of one mapping: each may bring 64 KiB of the file into memory."""
 
 
 class Checkpoint:
@@ -122,6 +125,17 @@ class Checkpoint:
         for row in range(start, stop, step):
             with _opened(self._files[name]) as file:
                 yield row, file.get_slice(name)[row : min(row + step, stop)]
+
+    def rows_at(self, name: str, rows: Sequence[int]) -> Iterator[np.ndarray]:
+        """Yield the values of single rows, in the order given, stored dtype.
+
+        The file is opened anew for every `OPENED` rows, for the sake of memory as in `rows`.
+        """
+        for start in range(0, len(rows), OPENED):
+            with _opened(self._files[name]) as file:
+                table = file.get_slice(name)
+                for row in rows[start : start + OPENED]:
+                    yield table[row : row + 1][0]
 
     def _header(self, name: str) -> tuple[tuple[int, ...], str]:
         if name not in self._headers:

@@ -110,10 +110,9 @@ def read_embedding(checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[np.nd
     fingerprint = Fingerprint()
     fingerprint.start(name, rows.shape)
     bad = 0
-    for position, token in enumerate(tokens):
-        for _, piece in checkpoint.rows(name, token, token + 1):
-            rows[position] = piece[0]
-            bad += fingerprint.add(piece)
+    for position, row in enumerate(checkpoint.rows_at(name, tokens)):
+        rows[position] = row
+        bad += fingerprint.add(row)
     if bad:
         _refuse(checkpoint, [f"{name} holds {bad} NaN or infinite values in the prompt's rows"])
     return rows, str(fingerprint)

@@ -56,12 +56,8 @@ class Tensors:
             raise CannotBe
         if self._checkpoint.problems({name: shape}):
             raise CannotBe
-        rows = [
-            piece[0]
-            for token in np.asarray(self._tokens)[positions].tolist()
-            for _, piece in self._checkpoint.rows(name, token, token + 1)
-        ]
-        return np.stack(rows).astype(np.float64)
+        tokens = np.asarray(self._tokens)[positions].tolist()
+        return np.stack([*self._checkpoint.rows_at(name, tokens)]).astype(np.float64)
 
     def product(
         self, x: np.ndarray, name: str, beside: int = 0, *, as_it_lies: bool = False
