@@ -13,9 +13,9 @@ from write_schemas import CONTRACTS, schemas
 
 from qwenref.dumps import aprt
 from qwenref.files import parse_json
-from qwenref.judge.distance import LEAST_VALUES, MASKED
 from qwenref.judge.floors import BLIND, GENERIC_FILE, PRECISIONS, Generic
 from qwenref.judge.result import Status
+from qwenref.judge.seen import LEAST_VALUES, MASKED
 from qwenref.metrics import MARGIN
 from qwenref.noise import CLASSES, DUMPED, MOST_TOKENS, WINDOW
 from qwenref.stages import ATTENTION, BY_NAME, RESIDUAL

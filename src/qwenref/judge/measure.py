@@ -13,7 +13,7 @@ from qwenref.errors import QwenrefError
 from qwenref.judge.alignment import Side, Way, by_block, choose, side_of
 from qwenref.judge.arrangement import Arrangement
 from qwenref.judge.comparability import accepted, as_one_stage, difference
-from qwenref.judge.distance import Piece, distance
+from qwenref.judge.distance import distance
 from qwenref.judge.floors import (
     AFTER_SOFTMAX,
     Floors,
@@ -24,6 +24,7 @@ from qwenref.judge.floors import (
 )
 from qwenref.judge.measurement import LETTERS, Measurement, Pair, StageMeasured, pairs_of
 from qwenref.judge.scope import PADDING, holdings, keys_in, sizes_in, tokens_in
+from qwenref.judge.seen import Piece
 from qwenref.metrics import errors_of, worst_element_of
 from qwenref.stages import ALL, BY_NAME, Stage
 
