@@ -132,6 +132,8 @@ def test_float32_stages_agree_with_transformers(case: tuple[Path, list[int]]) ->
 
 def test_a_prompt_in_many_pieces_agrees_with_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chain, "PIECE_BYTES", 9000)  # blocks of 13 tokens, slices of 5 queries
+    monkeypatch.setattr(chain, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(chain, "LEAST_QUERIES", 1)
     assert_float32_stages_agree(TINY, list(range(65)))
 
 

@@ -270,6 +270,8 @@ def test_sub_005_fewer_stages_never_change_the_values_of_the_others(
 
     if piece_bytes:
         monkeypatch.setattr(chain, "PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr(chain, "LEAST_TOKENS", 1)
+        monkeypatch.setattr(chain, "LEAST_QUERIES", 1)
     everything = captured(cli, ("embedding", *NINE))
     assert set(everything) == {"embedding", *NINE}
     assert len(set(everything.values())) == 10

@@ -15,6 +15,12 @@ from qwenref.stages import EMBEDDING, RESIDUAL, Stage, needed_for
 PIECE_BYTES = 3 << 20
 """Most bytes of a piece of [T, F] or of [N, T, S]. docs/benchmarks.md has what others cost."""
 
+LEAST_TOKENS, LEAST_QUERIES = 512, 16
+"""Tokens of a piece, if there are as many, even if these take more bytes: for each piece the
+projections are widened, and keys and values put in another order. With 7B's sizes and 8192 tokens
+a capture takes half as long as with pieces of the size above, says docs/performance.md.
+"""
+
 Arrays = dict[str, Any]
 """By the names in `Stage.computed_from`."""
 
@@ -81,7 +87,8 @@ def _computed(
     """
     sizes, T, dtype = attention.config.sizes, len(residual), np.dtype(attention.dtype)
     most = PIECE_BYTES // dtype.itemsize
-    blocks = spans_of(0, T, most // sizes["F"])
+    blocks = spans_of(0, T, max(LEAST_TOKENS, most // sizes["F"]))
+    queries = max(LEAST_QUERIES, most // (sizes["N"] * T))
     projections = list(takewhile(lambda stage: not stage.sliced, chain))
     sliced = [stage for stage in chain if stage.sliced]
     after = chain[len(projections) + len(sliced) :]
@@ -101,7 +108,7 @@ def _computed(
         for stage in projections:
             yield stage, block, arrays[stage.name]
         mixed = []
-        for span in spans_of(block.start, block.stop, most // (sizes["N"] * T)) if sliced else ():
+        for span in spans_of(block.start, block.stop, queries) if sliced else ():
             rows = slice(span.start - block.start, span.stop - block.start)
             local = {**seen, "q_post_rope": np.asarray(arrays["q_post_rope"])[rows]}
             for stage in sliced:

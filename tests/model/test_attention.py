@@ -278,6 +278,8 @@ def test_a_prompt_in_pieces_gives_what_it_gives_in_one(
     rows, _ = read_embedding(Checkpoint(TINY), range(30))
     expected = list(chain_pieces(attention, rows, ATTENTION))
     monkeypatch.setattr(chain, "PIECE_BYTES", piece)
+    monkeypatch.setattr(chain, "LEAST_TOKENS", 1)
+    monkeypatch.setattr(chain, "LEAST_QUERIES", 1)
     pieces = list(chain_pieces(attention, rows, ATTENTION))
     for stage, _, whole in expected:
         parts = [values for name, _, values in pieces if name == stage]
