@@ -21,8 +21,8 @@ PATIENCE = 60
 LAUNCH = r"""
 import os, re, resource, runpy, signal, sys
 
-log, pattern, nth, number, limit = sys.argv[1:6]
-del sys.argv[1:6]
+log, pattern, nth, number, limit, shown_after = sys.argv[1:7]
+del sys.argv[1:7]
 log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
 nth, number, seen = int(nth), int(number), 0
 
@@ -49,6 +49,9 @@ if limit != "none":
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 sys.addaudithook(watch)
 sys.argv[0] = "qwenref"
+if shown_after != "as usual":
+    from qwenref.cli import shared
+    shared.SHOWN_AFTER = float(shown_after)
 runpy.run_module("qwenref", run_name="__main__", alter_sys=True)
 """
 """Runs the command, and sends it a signal at the n-th matching change below `out`.
@@ -82,6 +85,7 @@ class Start:
         nth: int = 1,
         send: int = 0,
         file_size: int | None = None,
+        shown_after: float | None = None,
         env: dict[str, str] | None = None,
         stdin: int = subprocess.DEVNULL,
         stdout: int = subprocess.PIPE,
@@ -96,12 +100,14 @@ class Start:
             nth: Which of the moments that match.
             send: The signal.
             file_size: The most bytes that a file may get.
+            shown_after: Seconds after which a terminal shows progress.
             env: Additional environment variables.
             stdin: As for `subprocess.Popen`.
             stdout: As for `subprocess.Popen`.
             stderr: As for `subprocess.Popen`.
         """
         launch = [str(cwd / "moments"), at, str(nth), str(int(send)), str(file_size or "none")]
+        launch.append("as usual" if shown_after is None else str(shown_after))
         process = subprocess.Popen(
             [sys.executable, "-c", LAUNCH, *launch, *arguments],
             cwd=cwd,

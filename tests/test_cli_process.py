@@ -25,6 +25,7 @@ from processes import (
 )
 
 import qwenref
+from qwenref.cli import shared
 
 # A healthy run
 
@@ -189,15 +190,25 @@ def on_a_terminal(run: Callable[[int], subprocess.Popen[str]]) -> tuple[int, str
     return status, written.decode(), terminal
 
 
-def test_a_terminal_shows_progress_and_keeps_only_the_table(
-    start: Start, tmp_path: Path, healthy: Healthy
+@pytest.mark.parametrize("after", [0, 300])
+def test_a_terminal_shows_progress_of_what_takes_long_and_keeps_only_the_table(
+    after: int, start: Start, tmp_path: Path, healthy: Healthy
 ) -> None:
     def run(end: int) -> subprocess.Popen[str]:
-        return start(tmp_path, *CAPTURE, "-o", "out", env=XTERM, stdin=end, stdout=end, stderr=end)
+        return start(
+            tmp_path,
+            *CAPTURE,
+            *("-o", "out"),
+            shown_after=after,
+            env=XTERM,
+            stdin=end,
+            stdout=end,
+            stderr=end,
+        )
 
     status, written, terminal = on_a_terminal(run)
     assert status == 0
-    assert "compiling" in written
+    assert ("computing the noise floor" in written) == (after == 0)
     assert terminal.text == healthy.table.out.rstrip("\n")
     assert terminal.cursor_shown
     assert snapshot(tmp_path / "out") == snapshot(healthy.first)
@@ -213,6 +224,7 @@ def test_ctrl_c_on_a_terminal_leaves_a_clean_line_and_the_cursor(
             *("-o", "out"),
             at="open .*attn_norm",
             send=signal.SIGINT,
+            shown_after=0,
             env=XTERM,
             stdin=end,
             stdout=end,
@@ -221,10 +233,40 @@ def test_ctrl_c_on_a_terminal_leaves_a_clean_line_and_the_cursor(
 
     status, written, terminal = on_a_terminal(run)
     assert status == 130
-    assert "compiling" in written
+    assert "writing attn_norm" in written
     assert terminal.text == ""
     assert terminal.cursor_shown
     assert not (tmp_path / "out").exists()
+
+
+def test_progress_tells_bytes_and_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(shared, "monotonic", lambda: now)
+    shown = shared._Shown()
+    try:
+        shown.step("writing attn_scores")
+        assert str(shown) == "writing attn_scores"
+        shown.expect(15_000_000_000)
+        shown.advance(3_000_000_000)
+        now += 20.5
+        assert str(shown) == "writing attn_scores: 3.0 GB of 15.0 GB, 1:22 left"
+        shown.advance(12_000_000_000)
+        shown.step("computing the noise floor")
+        assert str(shown) == "computing the noise floor"
+    finally:
+        shown.end()
+
+
+def test_diff_shows_progress_too(start: Start, tmp_path: Path, healthy: Healthy) -> None:
+    def run(end: int) -> subprocess.Popen[str]:
+        dump = str(healthy.first)
+        return start(tmp_path, "diff", dump, dump, shown_after=0, env=XTERM, stderr=end)
+
+    status, written, terminal = on_a_terminal(run)
+    assert status == 0
+    assert "comparing attn_out" in written
+    assert terminal.cursor_shown
+    assert terminal.text == ""
 
 
 # Trouble with the streams

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -13,7 +13,7 @@ import numpy as np
 import qwenref
 from qwenref.chain import chain_pieces
 from qwenref.dumps import manifest
-from qwenref.dumps.aprt import MAX_VALUES, Aprt, read_aprt
+from qwenref.dumps.aprt import MAX_VALUES, VALUE, Aprt, read_aprt
 from qwenref.dumps.layout import layout_named
 from qwenref.dumps.place import new_dump
 from qwenref.dumps.tree import StageWriter, Written
@@ -25,6 +25,7 @@ from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
 from qwenref.model.weights import check_tensors, read_attention, read_embedding
 from qwenref.noise import noise_floor
 from qwenref.oracle import computing
+from qwenref.progress import SILENT, Progress
 from qwenref.stages import ATTENTION, EMBEDDING, Stage
 
 NO_RESIDUAL = {stage.name for stage in ATTENTION} | {
@@ -68,7 +69,7 @@ def capture(
     residual: Path | None = None,
     force: bool = False,
     noise: bool = True,
-    progress: Callable[[str], object] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Captured:
     """Compute stages of one layer and write them as a dump directory.
 
@@ -85,7 +86,7 @@ def capture(
         residual: An APRT file [T, D]: the residual stream that enters the layer.
         force: Whether to replace a dump that `output` holds.
         noise: Whether to compute the noise floor too.
-        progress: Called with the name of each step before it begins.
+        progress: Told each step, and how many bytes are written.
 
     Raises:
         QwenrefError: Something cannot be used; one line says what, and nothing is written.
@@ -108,27 +109,29 @@ def capture(
         computing(dtype, device) as (precision, taken),
         new_dump(output, force=force) as folder,
     ):
-        progress(f"reading the weights of layer {layer}")
+        progress.step(f"reading the weights of layer {layer}")
         weights, weights_print = read_attention(checkpoint, layer)
         if start.stream is None:
             rows, rows_print = read_embedding(checkpoint, start.tokens)
         else:
             rows, rows_print = start.stream.values.reshape(T, -1), None
         pieces = chain_pieces(Attention(config, weights, precision), rows, stages)
-        progress("compiling")
+        progress.step("compiling")
+        progress.expect(sum(_count(stage, sizes) for stage in stages) * VALUE.itemsize)
         with ExitStack() as files:
             writers: dict[Stage, StageWriter] = {}
             for stage, first, values in pieces:
-                progress(f"writing {stage.name}")
+                progress.step(f"writing {stage.name}")
                 if stage not in writers:
                     writer = StageWriter(folder, layer, stage, sizes, arrange)
                     writers[stage] = files.enter_context(writer)
                 writers[stage].write(values, first)
+                progress.advance(values.size * VALUE.itemsize)
             written = [writer.finish() for writer in writers.values()]
         floor = None
         judged = [stage for stage in stages if stage != EMBEDDING]
         if noise and judged:
-            progress("computing the noise floor")
+            progress.step("computing the noise floor")
             floor = noise_floor(config, weights, rows, judged)
         made = manifest.write_manifest(
             folder,
@@ -224,9 +227,13 @@ def _read_residual(path: Path, layer: int, D: int, tokens: list[int] | None) -> 
 
 def _refuse_uncountable(stages: Collection[Stage], sizes: Mapping[str, int]) -> None:
     for stage in stages:
-        count = math.prod(sizes[axis] for axis in stage.axes)
+        count = _count(stage, sizes)
         if count > MAX_VALUES:
             raise QwenrefError(
                 f"{stage.name} of {sizes['T']} tokens has {count} values, and an APRT file counts "
                 f"at most {MAX_VALUES}: use fewer tokens, or leave it out with --stages"
             )
+
+
+def _count(stage: Stage, sizes: Mapping[str, int]) -> int:
+    return math.prod(sizes[axis] for axis in stage.axes)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qwenref.cli.shared import print_whole
+from qwenref.cli.shared import print_whole, shown_progress
 from qwenref.errors import QwenrefError
 
 
@@ -112,7 +112,8 @@ def diff(
             )
         found = measured.selected(found, chosen_stages, chosen_layers)
     else:
-        found = measure_sources(*paths, names=names, options=options)
+        with shown_progress(quiet) as progress:
+            found = measure_sources(*paths, names=names, options=options, progress=progress)
     if save:
         measured.save_measurement(found, save)
     result = judge(found, rules_from(dtype, tolerances, allow_missing, found))

@@ -77,7 +77,7 @@ def explain(
                 exact_weights=exact_weights,
                 quick=quick,
                 device=device,
-                progress=progress,
+                progress=progress.step,
             )
     shown = "\n".join(last_lines(answer)) if quiet else report(answer)
     print_whole(answer.to_json() if json else shown, json=json)

@@ -30,7 +30,7 @@ def selftest(
                 with shown_progress(quiet=False) as progress:
                     for of in outcomes_in(cell):
                         here.append(of)
-                        progress(f"{cell}: {of.plant}")
+                        progress.step(f"{cell}: {of.plant}")
                 found += here
                 score = score_of(here)
                 met = met and score.meets(PROMISED[cell.dtype])

@@ -15,6 +15,7 @@ from qwenref.judge.result import Result
 from qwenref.judge.summary import judge
 from qwenref.judge.verdict import Rules
 from qwenref.model.config import read_config
+from qwenref.progress import SILENT, Progress
 
 
 def diff(
@@ -83,7 +84,9 @@ def assert_stages_close(*sources: Source, **options: object) -> None:
         raise AssertionError("\n" + report(result))
 
 
-def measure_sources(*sources: Source, names: str | Path | None, options: Options) -> Measurement:
+def measure_sources(
+    *sources: Source, names: str | Path | None, options: Options, progress: Progress = SILENT
+) -> Measurement:
     """Read dumps and measure how far they are apart.
 
     Raises:
@@ -94,7 +97,7 @@ def measure_sources(*sources: Source, names: str | Path | None, options: Options
     if options.limit < 1:
         raise QwenrefError(f"the limit is {options.limit}; at least 1 is needed")
     translate = names_from(names)
-    return measure([read_dump(source, translate) for source in sources], options)
+    return measure([read_dump(source, translate) for source in sources], options, progress)
 
 
 def rules_from(

@@ -13,6 +13,7 @@ from qwenref.dumps.reading import Mapped
 from qwenref.judge.measurement import Compared, Narrow
 from qwenref.judge.seen import LEAST_VALUES, Piece, Rows, Seen
 from qwenref.metrics import Sums, finite
+from qwenref.progress import SILENT, Progress
 
 BLOCK = 1 << 17
 """Values looked at together: half as many take two threads a third longer (docs/benchmarks.md)."""
@@ -33,6 +34,7 @@ def distance(
     factor: float,
     limit: int,
     masks: bool = False,
+    progress: Progress = SILENT,
 ) -> tuple[Sums, Compared]:
     """Compare two arrays.
 
@@ -45,6 +47,7 @@ def distance(
         factor: What the second array is multiplied with.
         limit: How many of the largest differences to keep, at least 1.
         masks: Whether values that both arrays have below `MASKED` are those of a mask.
+        progress: Told how many bytes were looked at.
     """
     T = max(piece.row + piece.a.shape[0] for piece in pieces)
     J = max(piece.head + piece.a.shape[1] for piece in pieces)
@@ -72,6 +75,8 @@ def distance(
                 if first_query is not None:
                     seen.mask(piece, where, first_query, a, b)
                 seen.add(piece, where, a, b, factor)
+                both = piece.a.itemsize + piece.b.itemsize
+                progress.advance(piece.a[tokens, heads].size * both)
                 unreleased += a.size
                 if unreleased >= RELEASE:
                     unreleased = 0

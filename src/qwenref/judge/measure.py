@@ -26,6 +26,7 @@ from qwenref.judge.measurement import LETTERS, Measurement, Pair, StageMeasured,
 from qwenref.judge.scope import PADDING, holdings, keys_in, sizes_in, tokens_in
 from qwenref.judge.seen import Piece
 from qwenref.metrics import errors_of, worst_element_of
+from qwenref.progress import SILENT, Progress
 from qwenref.stages import ALL, BY_NAME, Stage
 
 FLAT = Stage("flat", ("T", "D"), ())
@@ -60,8 +61,13 @@ class Options(NamedTuple):
     allow_different_weights: bool = False
 
 
-def measure(dumps: Sequence[Dump], options: Options) -> Measurement:
+def measure(dumps: Sequence[Dump], options: Options, progress: Progress = SILENT) -> Measurement:
     """Measure how far every two of two or three dumps are apart.
+
+    Args:
+        dumps: Two or three.
+        options: How.
+        progress: Told each stage, and how many bytes are looked at.
 
     Raises:
         QwenrefError: A file is broken, or nothing is there to compare.
@@ -81,7 +87,10 @@ def measure(dumps: Sequence[Dump], options: Options) -> Measurement:
         keys = keys_in(dumps, options.stages, options.layers)
         if not keys:
             raise QwenrefError(f"nothing to compare: {holdings(dumps)}")
-        run = _Run(dumps, sizes, T, options)
+        pairs = [(key, dumps[n]) for key in keys for pair in pairs_of(len(dumps)) for n in pair]
+        parts = [part for key, dump in pairs for part in dump.stages.get(key, {}).values()]
+        progress.expect(sum(part.count * part.dtype.itemsize for part in parts))
+        run = _Run(dumps, sizes, T, options, progress)
         stages = [run.stage(key, required) for key, required in keys.items()]
     return Measurement(
         schema="qwenref-measurement-v1",
@@ -105,12 +114,15 @@ class _Run:
         sizes: Mapping[str, int] | None,
         T: int | None,
         options: Options,
+        progress: Progress,
     ):
         self._dumps, self._sizes, self._T, self._options = dumps, sizes, T, options
+        self._progress = progress
         self._scores_rms: dict[int | None, float | None] = {}
 
     def stage(self, key: Key, required: bool) -> StageMeasured:
         """Measure one stage of all dumps."""
+        self._progress.step(f"comparing {key[1]}")
         known = (floors_in(dump.manifest, *key) for dump in self._dumps if dump.manifest)
         floors = widest([floors for floors in known if floors])
         origin = "generic" if floors is None else "manifest"
@@ -227,6 +239,7 @@ class _Run:
             factor=1.0,
             limit=self._options.limit,
             masks=maybe_masked,
+            progress=self._progress,
         )
         errors = errors_of(FLAT, sums, {})
         bad = msgspec.structs.replace(compared.nonfinite, token=None, head=None)
@@ -264,6 +277,7 @@ class _Run:
             probabilities=stage.name == "attn_softmax",
             factor=way.factor,
             limit=self._options.limit,
+            progress=self._progress,
         )
         if stage.name == "attn_scores":
             rms = math.sqrt(sums.scale.sum(axis=(1, 2)).min() / sums.cells.sum())
