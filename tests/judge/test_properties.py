@@ -208,6 +208,26 @@ def test_the_order_does_not_matter_whatever_the_values(
         assert_swapped(qwenref.diff(a, b, **options), qwenref.diff(b, a, **options))
 
 
+def test_the_order_does_not_matter_of_nan_and_a_mask_alone() -> None:
+    nan, mask = ({"attn_scores": np.full(1, value, np.float32)} for value in (math.nan, -math.inf))
+    one, other = qwenref.diff(nan, mask), qwenref.diff(mask, nan)
+    assert one.verdict == other.verdict == "incomplete"
+    assert_swapped(one, other)
+
+
+def test_one_huge_value_does_not_make_an_order_of_axes() -> None:
+    right = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
+    wrong = right.copy()
+    wrong[0, :2], wrong[1, 3] = (3e38, math.nan), math.nan
+    options = Options(sizes={"N": 2, "K": 1, "H": 2, "D": 3})
+    for pair in ((right, wrong), (wrong, right)):
+        dumps = [{"qkv_matmul": of} for of in pair]
+        (stage,) = measure_sources(*dumps, names=None, options=options).stages
+        errors = stage.pairs[0].errors
+        assert errors is not None
+        assert errors.blocks == [None, 0, 0]
+
+
 def reordered(b: Arrays, sizes: Sizes, names: set[str], data: st.DataObject) -> Arrays:
     """Return a dump some of whose stages are stored in another order, without a shape."""
     other = dict(b)

@@ -99,7 +99,8 @@ def choose(
 
     The plain order is tried first, then others for the second side, for the first, for both. One of
     them is taken if it explains the numbers at a finer precision than the plain one. If none makes
-    them the same, the order with the smallest error is returned, and said to be unsure.
+    them the same, the order with the smallest error is returned, and said to be unsure; the plain
+    one if no order is nearer than zeros would be.
     """
     plain = Way(ways[0][0], ways[1][0], 1.0)
     groups = (
@@ -136,7 +137,7 @@ def choose(
     if chosen is not None:
         return chosen
     least = min(errors, key=lambda way: (errors[way], way != plain))
-    if least == plain:
+    if least == plain or errors[least] >= 1:  # zeros would be as near: it explains nothing
         return plain
     return least._replace(unsure="layout unsure: none fits, and this one is the least off")
 

@@ -139,7 +139,7 @@ class Seen:
         """Take in a block, the second side times a factor; what `a` and `b` hold is lost."""
         rows, here = self._rows, _here(piece, where)
         scale = [_squares(a), _squares(b)]
-        if self._masks and min(np.fmax.reduce(of, axis=None) for of in scale) > LIKE_A_MASK**2:
+        if self._masks and not any(np.fmax.reduce(of, axis=None) <= LIKE_A_MASK**2 for of in scale):
             self._leave_out_masked(piece, where, a, b)
             scale = [_squares(a), _squares(b)]
         bad = None
