@@ -86,7 +86,7 @@ def test_memory_grows_with_tokens_and_files_with_their_square(stages: str, tmp_p
     config = Checkpoint(model).config
     D, N, K, H = (config.sizes[letter] for letter in "DNKH")
     weights = 4 * sum(math.prod(of.shape) for of in attention_tensors(config, 0).values())
-    a_token = 2 * D + 4 * (8 * K * H + 128 * N)
+    a_token = 2 * D + 4 * (8 * K * H + 64 * N)
     peaks = {}
     for T in (256, 512, 1024, 2048):
         ids.write_text(f"{[9] * T}")

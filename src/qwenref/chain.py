@@ -15,10 +15,10 @@ from qwenref.stages import EMBEDDING, RESIDUAL, Stage, needed_for
 PIECE_BYTES = 3 << 20
 """Most bytes of a piece of [T, F] or of [N, T, S]. docs/benchmarks.md has what others cost."""
 
-LEAST_TOKENS, LEAST_QUERIES = 512, 16
+LEAST_TOKENS, LEAST_QUERIES = 512, 8
 """Tokens of a piece, if there are as many, even if these take more bytes: for each piece the
 projections are widened, and keys and values put in another order. With 7B's sizes and 8192 tokens
-a capture takes half as long as with pieces of the size above, says docs/performance.md.
+attn_out takes two thirds of the time that pieces of the size above do, says docs/benchmarks.md.
 """
 
 Arrays = dict[str, Any]
