@@ -28,14 +28,21 @@ from transformers.utils import logging
 
 import qwenref
 from qwenref.dumps.layout import LAYOUTS
-from qwenref.dumps.manifest import write_manifest
+from qwenref.dumps.manifest import Weights, write_manifest
 from qwenref.dumps.place import new_dump
 from qwenref.dumps.tree import StageWriter
 from qwenref.errors import QwenrefError, printable
+from qwenref.forward import Plan
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.tokens import DEFAULT_PROMPT, encode, parse_tokens
-from qwenref.model.weights import read_attention, read_embedding
-from qwenref.stages import ATTENTION, RESIDUAL, parse_layers
+from qwenref.model.weights import (
+    HeadMatrix,
+    read_attention,
+    read_embedding,
+    read_feed_forward,
+    read_final_norm,
+)
+from qwenref.stages import ALL, HEAD, RESIDUAL, parse_layers, parse_stages
 
 DESCRIPTION = "Capture the stages of transformers' Qwen2ForCausalLM as a dump directory."
 DTYPES = ("float32", "float64", "bfloat16", "float16")
@@ -74,23 +81,27 @@ def load(model_dir: Path, dtype: str, last: int = 0) -> Qwen2ForCausalLM:
 
 
 def stages_of(
-    model: Qwen2ForCausalLM, tokens: Sequence[int], layers: Sequence[int]
-) -> dict[int, Arrays]:
-    """Run the model on a prompt and return what each of `layers` computed.
+    model: Qwen2ForCausalLM, tokens: Sequence[int], layers: Sequence[int], last_logits: int = 1
+) -> dict[int | None, Arrays]:
+    """Run the model on a prompt and return what each of `layers` computed, and, None, the model.
 
     bfloat16 and float16 are widened to float32; float64 stays. "residual" is the stream that
-    enters the layer.
+    enters the layer. Logits are those of so many of the last tokens, of all if that is 0.
     """
     inv_freq = model.model.rotary_emb.inv_freq
     if inv_freq.dtype != torch.float32:
         raise QwenrefError(f"inv_freq is {inv_freq.dtype}, not float32: the model was cast")
-    records: dict[int, Arrays] = {layer: {} for layer in layers}
-    handles = []
+    records: dict[int | None, Arrays] = {layer: {} for layer in layers}
+    whole: Arrays = {}
+    handles = [
+        _recorded(model.model.norm, whole, "final_norm"),
+        _recorded(model.lm_head, whole, "lm_head"),
+    ]
     try:
-        for layer, record in records.items():
-            handles += _watch(model.model.layers[layer], record)
+        for layer in layers:
+            handles += _watch(model.model.layers[layer], records[layer])
         with torch.inference_mode():
-            model(torch.tensor([list(tokens)]), use_cache=False, logits_to_keep=1)
+            model(torch.tensor([list(tokens)]), use_cache=False, logits_to_keep=last_logits)
     finally:
         for handle in handles:
             handle.remove()
@@ -99,7 +110,25 @@ def stages_of(
     for record in records.values():
         parts = [record.pop(f"{name}_proj") for name in "qkv"]
         record["qkv_bias"] = np.concatenate(parts, axis=-1)
-    return records
+    return records | {None: whole}
+
+
+def _recorded(module: nn.Module, record: Arrays, name: str) -> RemovableHandle:
+    """Have a module put what it returns into `record`."""
+
+    def returned(_: nn.Module, __: tuple, output: Any) -> None:
+        record[name] = _array(output[0] if isinstance(output, tuple) else output)
+
+    return module.register_forward_hook(returned)
+
+
+def _entered(module: nn.Module, record: Arrays, name: str) -> RemovableHandle:
+    """Have a module put what it is given into `record`."""
+
+    def given(_: nn.Module, args: tuple) -> None:
+        record[name] = _array(args[0])
+
+    return module.register_forward_pre_hook(given)
 
 
 def _watch(layer: Any, record: Arrays) -> list[RemovableHandle]:
@@ -108,31 +137,33 @@ def _watch(layer: Any, record: Arrays) -> list[RemovableHandle]:
     attention.record = record
     projections = {name: getattr(attention, name) for name in ("q_proj", "k_proj", "v_proj")}
 
-    def entered(_: nn.Module, args: tuple) -> None:
-        record[RESIDUAL] = _array(args[0])
-
     def normed(_: nn.Module, __: tuple, output: torch.Tensor) -> None:
         record["attn_norm"] = _array(output)
         # from the weights: output minus bias would cancel, 5e-3 in float16 with biases of 8
         products = [functional.linear(output, p.weight) for p in projections.values()]
         record["qkv_matmul"] = _array(torch.cat(products, dim=-1))
 
-    def left(_: nn.Module, args: tuple, output: torch.Tensor) -> None:
-        record["attention"] = _array(args[0])
-        record["attn_out"] = _array(output)
-
-    handles = [
-        layer.register_forward_pre_hook(entered),
+    mlp = layer.mlp
+    entered = {
+        RESIDUAL: layer,
+        "attention": attention.o_proj,
+        "post_attn_residual": layer.post_attention_layernorm,
+        "ffn_swigl": mlp.down_proj,
+    }
+    returned = projections | {
+        "attn_out": attention.o_proj,
+        "ffn_norm": layer.post_attention_layernorm,
+        "ffn_gate": mlp.gate_proj,
+        "ffn_up": mlp.up_proj,
+        "ffn_silu": mlp.act_fn,
+        "ffn_out": mlp.down_proj,
+        "post_ffn_residual": layer,
+    }
+    return [
         layer.input_layernorm.register_forward_hook(normed),
-        attention.o_proj.register_forward_hook(left),
+        *(_entered(module, record, name) for name, module in entered.items()),
+        *(_recorded(module, record, name) for name, module in returned.items()),
     ]
-    for name, projection in projections.items():
-
-        def projected(_: nn.Module, __: tuple, output: torch.Tensor, name: str = name) -> None:
-            record[name] = _array(output)
-
-        handles.append(projection.register_forward_hook(projected))
-    return handles
 
 
 def recorded_attention(
@@ -203,7 +234,8 @@ def main() -> None:
     prompt.add_argument("--prompt", default=DEFAULT_PROMPT, help="default: %(default)s")
     prompt.add_argument("--tokens", help="token ids: 3838,374,220 or @FILE")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the whole model")
-    parser.add_argument("--layers", default="0", help="0, or 0,1 or 0..4 (without 4)")
+    parser.add_argument("--layers", default="0", help="0, or 0,1 or 0..4 (without 4), or all")
+    parser.add_argument("--stages", default="attention", help="as of qwenref capture")
     parser.add_argument("--layout", choices=LAYOUTS, default="apr")
     parser.add_argument("-o", "--output", type=Path, required=True, help="dump directory")
     parser.add_argument("--force", action="store_true", help="replace a dump that is there")
@@ -220,25 +252,27 @@ def capture(options: argparse.Namespace) -> None:
     if options.model.is_file():
         raise QwenrefError(f"{options.model} is a file; transformers loads a checkpoint directory")
     checkpoint = Checkpoint(options.model)
-    layers = parse_layers(options.layers)
-    if layers[-1] >= checkpoint.config.num_hidden_layers:
+    depth = checkpoint.config.num_hidden_layers
+    layers = parse_layers(options.layers) or range(depth)
+    if layers[-1] >= depth:
         raise QwenrefError(f"layer {layers[-1]} does not exist")
+    plan = Plan(0, layers, parse_stages(options.stages) or ALL, depth)
     if options.tokens is not None:
         text, tokens = None, parse_tokens(options.tokens)
     else:
         text, tokens = options.prompt, encode(options.prompt, checkpoint.directory)
     layout = LAYOUTS[options.layout]
     with new_dump(options.output, force=options.force) as folder:
-        fingerprints, biases = {}, False
-        for layer in layers:  # of the checkpoint, so that all dtypes have the same
-            weights, fingerprints[str(layer)] = read_attention(checkpoint, layer)
-            biases |= weights.q_bias is not None
-        _, rows_fingerprint = read_embedding(checkpoint, tokens)
-        records = stages_of(load(options.model, options.dtype, layers[-1]), tokens, layers)
+        weights = _fingerprints(checkpoint, plan, tokens)
+        model = load(options.model, options.dtype, depth - 1 if plan.of_model else layers[-1])
+        records = stages_of(model, tokens, layers)
+        if 0 in records:
+            records[0]["embedding"] = records[0][RESIDUAL]
+        records[None]["lm_head"] = records[None]["lm_head"][-1]
         sizes = checkpoint.config.sizes | {"T": len(tokens), "S": len(tokens)}
         files = []
         for layer, record in records.items():
-            for stage in ATTENTION:
+            for stage in plan.of_model if layer is None else plan.of_layer(layer):
                 with StageWriter(folder, layer, stage, sizes, layout) as writer:
                     writer.write(record[stage.name])
                     files.append(writer.finish().file)
@@ -255,10 +289,34 @@ def capture(options: argparse.Namespace) -> None:
             tokens=tokens,
             input=None,
             config=checkpoint.config,
-            weights={"layers": fingerprints, "embedding": rows_fingerprint, "biases": biases},
+            weights=weights,
             stages=files,
         )
     print(f"{len(files)} stages of {options.model} in {options.output}")
+
+
+def _fingerprints(checkpoint: Checkpoint, plan: Plan, tokens: list[int]) -> Weights:
+    """Return those of the checkpoint, so that all dtypes have the same."""
+    read = [read_attention(checkpoint, layer) for layer in plan.layers]
+    feed_forwards = {
+        str(layer): read_feed_forward(checkpoint, layer)[1]
+        for layer in plan.layers
+        if plan.needs_feed_forward(layer)
+    }
+    norm = read_final_norm(checkpoint)[1] if plan.of_model else None
+    matrix = None
+    if HEAD[-1] in plan.stages:
+        matrix = HeadMatrix(checkpoint, 1)
+        for _ in matrix.slices(4096):
+            pass
+    return Weights(
+        layers={str(n): of for n, (_, of) in zip(plan.layers, read, strict=True)},
+        embedding=read_embedding(checkpoint, tokens)[1],
+        biases=any(weights.q_bias is not None for weights, _ in read),
+        feed_forwards=feed_forwards,
+        final_norm=norm,
+        lm_head=None if matrix is None else matrix.fingerprint,
+    )
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import msgspec
 import numpy as np
 from measure_margin import CASES, Case, weights_of
 
-from qwenref.chain import chain_pieces
+from qwenref.chain import Layer, layer_pieces
 from qwenref.judge.floors import AFTER_SOFTMAX, GENERIC_FILE, PRECISIONS, Generic, SliceFloors, UpTo
 from qwenref.metrics import Errors
 from qwenref.model import precision
@@ -69,8 +69,8 @@ def scores_rms(checkpoint: Checkpoint, weights: AttentionWeights, rows: np.ndarr
     """Return the root mean square of the scores that a query sees."""
     with jax.enable_x64(True):
         attention = Attention(checkpoint.config, weights, precision.PRECISIONS["float64"])
-        pieces = chain_pieces(attention, rows, [BY_NAME["attn_scores"]])
-        scores = np.concatenate([values for _, _, values in pieces], axis=1)
+        pieces = layer_pieces(Layer(attention), rows, [BY_NAME["attn_scores"]])
+        scores = np.concatenate([piece.values for piece in pieces], axis=1)
     seen = scores[:, *np.tril_indices(len(rows))]
     return float(np.sqrt(np.mean(seen**2)))
 

@@ -22,8 +22,8 @@ def captured_from_hf(
 ) -> Path:
     """Let transformers compute the bundled checkpoint's default prompt."""
     options = {"model": TINY, "prompt": DEFAULT_PROMPT, "tokens": None, "force": False}
-    more = {"dtype": dtype, "layout": layout, "layers": layers, "output": output}
-    capture_hf.capture(Namespace(**options, **more))
+    more = {"dtype": dtype, "layout": layout, "layers": layers, "stages": "attention"}
+    capture_hf.capture(Namespace(**options, **more, output=output))
     return output
 
 

@@ -30,6 +30,8 @@ FIELDS: dict[str, Any] = {
         "num_attention_heads": 1,
         "num_key_value_heads": 1,
         "head_dim": 2,
+        "intermediate_size": 7,
+        "vocab_size": 11,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1e6,
     },

@@ -17,7 +17,7 @@ from transformers.models.qwen2 import modeling_qwen2
 
 import qwenref
 from qwenref import chain
-from qwenref.chain import chain_pieces
+from qwenref.chain import Layer, layer_pieces
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.random_checkpoint import Shape, write
 from qwenref.model.weights import read_embedding
@@ -118,7 +118,7 @@ def assert_float32_stages_agree(directory: Path, tokens: list[int]) -> None:
     with computing("float32", "cpu") as (precision, _):
         attention = attention_of(directory, precision)
         rows, _ = read_embedding(Checkpoint(directory), tokens)
-        for stage, _, values in chain_pieces(attention, rows, ATTENTION):
+        for stage, _, values, _ in layer_pieces(Layer(attention), rows, ATTENTION):
             parts[stage.name].append(values)
     for stage in ATTENTION:
         ours = np.concatenate(parts[stage.name], axis=stage.axes.index("T"))

@@ -191,11 +191,14 @@ def test_a_layer_that_the_checkpoint_lacks(refused: Refused, spec: str) -> None:
     assert "3 layers" in line
 
 
-@pytest.mark.parametrize("spec", ["1", "2", "0,1", "0..3"])
-def test_a_layer_above_0_without_its_input(refused: Refused, spec: str) -> None:
-    line = refused("capture", "--layers", spec)
-    assert "--input" in line
-    assert "only layer 0" in line
+def test_the_embedding_of_a_layer_that_has_none(refused: Refused) -> None:
+    line = refused("capture", "--layers", "1", "--stages", "embedding")
+    assert "embedding is a stage of layer 0" in line
+
+
+def test_logits_of_neither_one_token_nor_all(refused: Refused) -> None:
+    line = refused("capture", "--stages", "lm_head", "--logits", "first")
+    assert "'first': give all, or last" in line
 
 
 # --- prompts and tokens ---------------------------------------------------------------------------
@@ -367,14 +370,6 @@ def test_an_input_that_is_another_stage_of_apr(
     line = refused("capture", "--input", path, "--layers", layer)
     assert f"{name}.bin" in line
     assert f"is not what enters layer {layer}" in line
-
-
-@pytest.mark.parametrize("layers", ["0,1", "0..3"])
-def test_an_input_for_two_layers(refused: Refused, tmp_path: Path, layers: str) -> None:
-    path = write_aprt(tmp_path / "in.bin", 0, STREAM)
-    line = refused("capture", "--input", path, "--layers", layers)
-    assert "--input" in line
-    assert "one layer" in line
 
 
 def test_an_input_for_a_layer_that_the_checkpoint_lacks(refused: Refused, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from qwenref.judge.result import Status
 from qwenref.judge.seen import LEAST_VALUES, MASKED
 from qwenref.metrics import MARGIN
 from qwenref.noise import CLASSES, DUMPED, MOST_TOKENS, WINDOW
-from qwenref.stages import ATTENTION, BY_NAME, RESIDUAL
+from qwenref.stages import BY_NAME, HEAD, LAYER, RESIDUAL
 from qwenref.trial import evidence, explanation
 from qwenref.trial.dialects import BLOCKS, FLOATING
 from qwenref.trial.recovery import ALIKE, AS_GOOD
@@ -96,8 +96,9 @@ def shape(text: str) -> tuple[str, ...]:
 
 def test_the_stages_contract_is_the_table_in_code() -> None:
     equations = load("stages-v1.yaml")["equations"]
-    assert list(equations)[: len(ATTENTION)] == [stage.name for stage in ATTENTION]
-    for stage in ATTENTION:
+    stages = (*LAYER, *HEAD)
+    assert list(equations)[: len(stages)] == [stage.name for stage in stages]
+    for stage in stages:
         assert shape(equations[stage.name]["codomain"]) == stage.axes
         sources = re.findall(r"(\w+) (\[[A-Z,]+\])", equations[stage.name]["domain"])
         assert tuple(name for name, _ in sources) == stage.computed_from
@@ -176,5 +177,5 @@ def test_a_schema_is_what_the_code_checks(name: str) -> None:
 def test_the_readme_has_a_row_for_each_stage() -> None:
     readme = (ROOT / "README.md").read_text()
     rows = re.findall(r"^\| (\w+) \| (\[[A-Z, ]+\]) \|", readme, flags=re.MULTILINE)
-    axes = [(stage.name, ", ".join(stage.axes).replace("S", "T")) for stage in ATTENTION]
+    axes = [(stage.name, ", ".join(stage.axes).replace("S", "T")) for stage in LAYER]
     assert rows == [(name, f"[{letters}]") for name, letters in axes]

@@ -17,7 +17,7 @@ from qwenref.model.weights import AttentionWeights
 from qwenref.stages import ATTENTION, RESIDUAL
 
 D, N, K, H, T = 82, 6, 2, 14, 12  # E = 84 is not D; 82 fills no lane, part or block evenly
-CONFIG = Config(D, N, K, H, 1e-6, 1e6, 320, 1, (None,))
+CONFIG = Config(D, N, K, H, 16, 1e-6, 1e6, 320, 1, False, (None,))
 NAMES = [stage.name for stage in ATTENTION]
 ORDERS: tuple[Order, ...] = get_args(Order)
 

@@ -265,7 +265,7 @@ def test_angles_at_the_end_of_a_long_prompt_are_vague(tmp_path: Path) -> None:
             for name in ("float32", "truth")
         )
         errors = np.linalg.norm(float32 - truth, axis=1) / np.linalg.norm(truth, axis=1)
-        accumulated = floor.stages[stage.name].accumulated["float32"]
+        accumulated = floor.stages[f"layer-0/{stage.name}"].accumulated["float32"]
         floors = np.array(for_all_tokens(accumulated, floor.tokens, T).tokens)
         assert np.max(errors / floors) <= 1  # measured: 0.5
         assert 5e-4 <= floors[-1] <= 3e-3  # measured: 1.1e-3
@@ -336,7 +336,7 @@ def test_the_manifest_holds_the_floor_of_what_was_captured(cli: Cli) -> None:
     assert shown.status == 0
     manifest = msgspec.json.decode(shown.out, type=Manifest)
     assert manifest.noise is not None
-    assert list(manifest.noise.stages) == ["attn_norm", "attn_out"]
+    assert list(manifest.noise.stages) == ["layer-0/attn_norm", "layer-0/attn_out"]
     for floor in manifest.noise.stages.values():
         assert list(floor.accumulated) == list(floor.local) == list(CLASSES)
         assert list(floor.inputs) == ["float32", "float16", "bfloat16"]

@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 DIFF = (ROOT / "docs" / "diff.md").read_text()
 EXPLAIN = (ROOT / "docs" / "explain.md").read_text()
 TRANSCRIPT = r"```console\n\$ (.*)\n((?:.*\n)*?)```"
-CAPTURE, COMPARISON, EXPLANATION = re.findall(TRANSCRIPT, README)
+CAPTURE, WHOLE, COMPARISON, EXPLANATION = re.findall(TRANSCRIPT, README)
 PYTHON = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 ENVIRONMENT = os.environ | {
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
@@ -30,8 +30,8 @@ def run(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_capture_prints_what_the_readme_shows(tmp_path: Path) -> None:
-    command, expected = CAPTURE
+@pytest.mark.parametrize(("command", "expected"), [CAPTURE, WHOLE])
+def test_capture_prints_what_the_readme_shows(command: str, expected: str, tmp_path: Path) -> None:
     done = run(command, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == expected

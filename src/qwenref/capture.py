@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from importlib.metadata import version
 from pathlib import Path
@@ -11,28 +11,26 @@ from typing import NamedTuple
 import numpy as np
 
 import qwenref
-from qwenref.chain import chain_pieces
+from qwenref.chain import Piece
 from qwenref.dumps import manifest
 from qwenref.dumps.aprt import MAX_VALUES, VALUE, Aprt, read_aprt
-from qwenref.dumps.layout import layout_named
+from qwenref.dumps.layout import Layout, layout_named
+from qwenref.dumps.manifest import StageNoise
 from qwenref.dumps.place import new_dump
 from qwenref.dumps.tree import StageWriter, Written
 from qwenref.errors import QwenrefError
-from qwenref.model.attention import Attention
+from qwenref.forward import Forward, Plan
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
 from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
-from qwenref.model.weights import check_tensors, read_attention, read_embedding
-from qwenref.noise import noise_floor
+from qwenref.model.weights import check_tensors, read_embedding
+from qwenref.noise import NoiseFloors
 from qwenref.oracle import computing
 from qwenref.progress import SILENT, Progress
-from qwenref.stages import ATTENTION, EMBEDDING, Stage
+from qwenref.stages import ALL, ATTENTION, EMBEDDING, HEAD, LAYER, LEAVING, Stage
 
-NO_RESIDUAL = {stage.name for stage in ATTENTION} | {
-    *("post_attn_residual", "ffn_norm", "ffn_gate", "ffn_up", "ffn_silu", "ffn_swigl", "ffn_out"),
-    *("final_norm", "lm_head"),
-}
-"""Stages that `apr trace` dumps (0.72.3) and no layer is entered by."""
+NO_RESIDUAL = {stage.name for stage in ALL} - {EMBEDDING.name, LEAVING.name}
+"""Stages that no layer is entered by."""
 
 
 class Captured(NamedTuple):
@@ -41,6 +39,8 @@ class Captured(NamedTuple):
     directory: Path
     manifest: manifest.Manifest
     written: list[Written]
+    length: int
+    """T"""
 
 
 class Start(NamedTuple):
@@ -59,33 +59,37 @@ def capture(
     model: Path,
     output: Path | None = None,
     *,
-    layers: Sequence[int] = (0,),
+    layers: Sequence[int] | None = (0,),
     prompt: str | None = None,
     tokens: list[int] | None = None,
-    stages: Collection[Stage] = ATTENTION,
+    stages: Collection[Stage] | None = ATTENTION,
     dtype: str = "float32",
     device: str = "auto",
     layout: str = "apr",
     residual: Path | None = None,
     force: bool = False,
     noise: bool = True,
+    all_logits: bool = False,
     progress: Progress = SILENT,
 ) -> Captured:
-    """Compute stages of one layer and write them as a dump directory.
+    """Compute stages of some layers and write them as a dump directory.
 
     Args:
         model: A checkpoint directory, or one .safetensors file with config.json beside it.
         output: The dump directory; default: the model's name with ``-qwenref``, here.
-        layers: Layer 0; or the one layer that `residual` enters.
+        layers: Whose stages to write, in order; None for all layers.
         prompt: The text; `DEFAULT_PROMPT` if neither it nor `tokens` nor `residual` is given.
         tokens: The token ids, instead of `prompt`.
-        stages: What to write.
+        stages: What to write of each of them; the embedding if layer 0 is one of them. For stages
+            of the whole model all layers are run, whichever are written. None for all that these
+            layers have, with those of the whole model if the last layer is one of them.
         dtype: As in `qwenref.run`. The files hold float32.
         device: "auto", "cpu" or "gpu".
         layout: "apr" or "hf", see `qwenref.dumps.layout`.
-        residual: An APRT file [T, D]: the residual stream that enters the layer.
+        residual: An APRT file [T, D]: the residual stream that enters the first of the layers.
         force: Whether to replace a dump that `output` holds.
         noise: Whether to compute the noise floor too.
+        all_logits: Whether to write lm_head of all tokens, not of the last one alone.
         progress: Told each step, and how many bytes are written.
 
     Raises:
@@ -94,45 +98,67 @@ def capture(
     arrange = layout_named(layout)
     checkpoint = Checkpoint(model)
     config = checkpoint.config
-    layer = _the_layer(layers, config, residual)
-    start = _start(checkpoint, layer, prompt, tokens, residual)
+    layers = _existing(layers, config)
+    if stages is None:
+        whole = HEAD if layers[-1] == config.num_hidden_layers - 1 else ()
+        stages = (*LAYER, *whole) if residual else (EMBEDDING, *LAYER, *whole)
+    start = _start(checkpoint, layers[0], prompt, tokens, residual)
     if start.stream is not None and EMBEDDING in stages:
         raise QwenrefError("a run from --input has no stage embedding: leave it out")
+    first = 0 if start.stream is None else layers[0]
+    plan = Plan(first, layers, stages, config.num_hidden_layers, all_logits)
     T = start.length(config.hidden_size)
-    config.refuse_window(layer, T)
+    for layer in plan.run:
+        config.refuse_window(layer, T)
     sizes = config.sizes | {"T": T, "S": T}
-    _refuse_uncountable(stages, sizes)
-    check_tensors(checkpoint, layer, embedding=start.stream is None)
+    planned = [stage for layer in layers for stage in plan.of_layer(layer)] + plan.of_model
+    if not planned:
+        raise QwenrefError("nothing to write: embedding is a stage of layer 0")
+    _refuse_uncountable(planned, sizes)
+    check_tensors(checkpoint, plan.tensors(checkpoint, embedding=start.stream is None))
     output = output or Path(f"{checkpoint.name}-qwenref")
 
     with (
         computing(dtype, device) as (precision, taken),
         new_dump(output, force=force) as folder,
     ):
-        progress.step(f"reading the weights of layer {layer}")
-        weights, weights_print = read_attention(checkpoint, layer)
+        progress.step(f"reading the weights of layer {first}")
         if start.stream is None:
             rows, rows_print = read_embedding(checkpoint, start.tokens)
         else:
             rows, rows_print = start.stream.values.reshape(T, -1), None
-        pieces = chain_pieces(Attention(config, weights, precision), rows, stages)
+        forward = Forward(checkpoint, plan, rows, precision)
+        dumping = _Dumping(folder, sizes, arrange, progress)
         progress.step("compiling")
-        progress.expect(sum(_count(stage, sizes) for stage in stages) * VALUE.itemsize)
-        with ExitStack() as files:
-            writers: dict[Stage, StageWriter] = {}
-            for stage, first, values in pieces:
-                progress.step(f"writing {stage.name}")
-                if stage not in writers:
-                    writer = StageWriter(folder, layer, stage, sizes, arrange)
-                    writers[stage] = files.enter_context(writer)
-                writers[stage].write(values, first)
-                progress.advance(values.size * VALUE.itemsize)
-            written = [writer.finish() for writer in writers.values()]
-        floor = None
-        judged = [stage for stage in stages if stage != EMBEDDING]
-        if noise and judged:
-            progress.step("computing the noise floor")
-            floor = noise_floor(config, weights, rows, judged)
+        progress.expect(sum(_count(stage, sizes) for stage in planned) * VALUE.itemsize)
+        attentions, feed_forwards, biases = {}, {}, False
+        floors = NoiseFloors(config, T)
+        noises: dict[str, StageNoise] = {}
+        for read, stream, pieces in forward.layers():
+            dumping.write(read.number, pieces)
+            name = str(read.number)
+            attentions[name] = read.attention_print
+            if read.feed_forward_print is not None:
+                feed_forwards[name] = read.feed_forward_print
+            biases |= read.attention.q_bias is not None
+            if noise:
+                progress.step(f"computing the noise floor of layer {read.number}")
+                needed = [stage for stage in plan.needed(read.number) if stage != EMBEDDING]
+                found = floors.of_layer(read.attention, read.feed_forward, stream, needed)
+                noises |= {
+                    manifest.floor_name(read.number, stage.name): found[stage.name]
+                    for stage in plan.of_layer(read.number)
+                    if stage.name in found
+                }
+        final_norm_print = head_print = None
+        if plan.of_model:
+            norm, final_norm_print, matrix, pieces = forward.head()
+            dumping.write(None, pieces)
+            head_print = None if matrix is None else matrix.fingerprint
+            if noise:
+                sample = None if matrix is None else np.concatenate(matrix.sample)
+                found = floors.of_head(norm, sample, forward.stream, last=not all_logits)
+                noises |= {stage.name: found[stage.name] for stage in plan.of_model}
         made = manifest.write_manifest(
             folder,
             engine="qwenref",
@@ -147,34 +173,52 @@ def capture(
             input=None if start.stream is None else start.stream.fingerprint,
             config=config,
             weights=manifest.Weights(
-                layers={str(layer): weights_print},
+                layers=attentions,
                 embedding=rows_print,
-                biases=weights.q_bias is not None,
+                biases=biases,
+                feed_forwards=feed_forwards,
+                final_norm=final_norm_print,
+                lm_head=head_print,
             ),
-            stages=[stage.file for stage in written],
-            noise=floor,
+            stages=[stage.file for stage in dumping.written],
+            noise=manifest.Noise(floors.positions.tolist(), noises) if noises else None,
         )
-    return Captured(output, made, written)
+    return Captured(output, made, dumping.written, T)
 
 
-def _the_layer(layers: Sequence[int], config: Config, residual: Path | None) -> int:
+class _Dumping:
+    """The files of a dump, layer after layer."""
+
+    def __init__(self, folder: Path, sizes: Mapping[str, int], arrange: Layout, progress: Progress):
+        self._folder, self._sizes, self._arrange = folder, sizes, arrange
+        self._progress = progress
+        self.written: list[Written] = []
+
+    def write(self, layer: int | None, pieces: Iterable[Piece]) -> None:
+        """Write the stages of a layer, or of the whole model."""
+        where = "" if layer is None else f" of layer {layer}"
+        with ExitStack() as files:
+            writers: dict[Stage, StageWriter] = {}
+            for stage, first, values, channel in pieces:
+                self._progress.step(f"writing {stage.name}{where}")
+                if stage not in writers:
+                    writer = StageWriter(self._folder, layer, stage, self._sizes, self._arrange)
+                    writers[stage] = files.enter_context(writer)
+                writers[stage].write(values, first, channel)
+                self._progress.advance(values.size * VALUE.itemsize)
+            self.written += [writer.finish() for writer in writers.values()]
+
+
+def _existing(layers: Sequence[int] | None, config: Config) -> Sequence[int]:
+    if layers is None:
+        return range(config.num_hidden_layers)
     beyond = [layer for layer in layers if layer >= config.num_hidden_layers]
     if beyond:
         raise QwenrefError(
             f"layer {beyond[0]} does not exist: the checkpoint has {config.num_hidden_layers} "
             "layers, counted from 0"
         )
-    if residual is not None:
-        if len(layers) != 1:
-            raise QwenrefError("--input enters one layer: name just that one with --layers")
-        return layers[0]
-    above = [layer for layer in layers if layer > 0]
-    if above:
-        raise QwenrefError(
-            f"layer {above[0]}: only layer 0 can be computed from tokens; for another one, give "
-            "the residual stream that enters it with --input"
-        )
-    return 0
+    return layers
 
 
 def _start(

@@ -208,7 +208,7 @@ def heads_in(stage: Stage, sizes: Mapping[str, int]) -> int:
     """Return how many heads a stage has, 0 if none."""
     if stage.blocks:
         return sizes["N"] + 2 * sizes["K"]
-    return 0 if "D" in stage.axes else sizes["K" if "K" in stage.axes else "N"]
+    return sizes["K" if "K" in stage.axes else "N"] if stage.has_heads else 0
 
 
 def _block_of_heads(stage: Stage, heads: int, sizes: Mapping[str, int]) -> np.ndarray:
@@ -221,7 +221,7 @@ def cells_of(stage: Stage, values: np.ndarray, head_dim: int) -> np.ndarray:
     """Return the values of each token and head, [T, J, values]."""
     if stage.axes[0] == "N":
         return values.swapaxes(0, 1)
-    width = values.shape[-1] if "D" in stage.axes else head_dim
+    width = head_dim if stage.has_heads else values.shape[-1]
     return values.reshape(len(values), -1, width)
 
 
@@ -237,7 +237,7 @@ def _errors(stage: Stage, *ratios: np.ndarray) -> Errors:
     return Errors(
         whole=whole,
         blocks=[*blocks] if stage.blocks else [],
-        heads=[] if "D" in stage.axes else [*heads],
+        heads=[*heads] if stage.has_heads else [],
         tokens=[*tokens],
         element=finite(elements.max()),
     )

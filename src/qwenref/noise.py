@@ -19,12 +19,15 @@ from jaxtyping import Array
 
 from qwenref.dumps.manifest import Noise, StageNoise
 from qwenref.metrics import Errors, floors_of, sums_of
+from qwenref.model.arithmetic import Arithmetic
 from qwenref.model.attention import Attention
 from qwenref.model.config import Config
+from qwenref.model.feed_forward import FeedForward
+from qwenref.model.head import SampledHead
 from qwenref.model.precision import FORMATS, PRECISIONS, nearest, one_rounding
 from qwenref.model.roundoff import Roundoff, StageErrors, generator
-from qwenref.model.weights import AttentionWeights
-from qwenref.stages import RESIDUAL, Stage, needed_for
+from qwenref.model.weights import AttentionWeights, FeedForwardWeights
+from qwenref.stages import HEAD, LEAVING, RESIDUAL, Stage, needed_for
 
 
 class Rounds(NamedTuple):
@@ -44,7 +47,10 @@ CLASSES = {
 }
 """The precision classes, by their names in a manifest."""
 
-PRODUCTS = {"qkv_matmul", "attn_scores", "attention", "attn_out"}
+PRODUCTS = {
+    *("qkv_matmul", "attn_scores", "attention", "attn_out"),
+    *("ffn_gate", "ffn_up", "ffn_out", "lm_head"),
+}
 """The stages whose inputs are operands of a product."""
 
 DUMPED = ("float32", "float16", "bfloat16")
@@ -77,30 +83,105 @@ class Runs(NamedTuple):
     chains: dict[str, np.ndarray]
 
 
+class NoiseFloors:
+    """The noise floors of one layer after the other, on JAX's default device.
+
+    Attributes:
+        positions: Of the tokens that they are computed for.
+    """
+
+    def __init__(self, config: Config, T: int):
+        """Begin where engines have made no errors yet.
+
+        Args:
+            config: Sizes, eps and theta.
+            T: How many tokens there are.
+        """
+        self.positions = sampled(T)
+        self._config = config
+        self._left: Runs | None = None
+
+    def of_layer(
+        self,
+        attention: AttentionWeights,
+        feed_forward: FeedForwardWeights | None,
+        rows: np.ndarray,
+        wanted: Collection[Stage],
+    ) -> dict[str, StageNoise]:
+        """Compute the floors of stages of the next layer, by their names.
+
+        Args:
+            attention: Weights of the layer.
+            feed_forward: More of them, if a stage after attn_out is wanted.
+            rows: The residual stream that enters it, [T, D].
+            wanted: Which stages of `qwenref.stages.LAYER`; `LEAVING` is needed for the next layer.
+        """
+        chain = needed_for(wanted)
+        floors = {}
+        with jax.enable_x64(True), np.errstate(over="ignore", invalid="ignore"):
+            exact = PRECISIONS["float64"]
+            modules: list[Arithmetic] = [Attention(self._config, attention, exact)]
+            if feed_forward is not None:
+                modules.append(FeedForward(self._config, feed_forward, exact))
+            layer = _Modules(modules, attention.q_proj.dtype, self.positions)
+            runs = {RESIDUAL: layer.entered_by(rows[self.positions], self._left)}
+            self._left = None
+            for number, stage in enumerate(chain, start=1):
+                given = [runs[name] for name in stage.computed_from]
+                runs[stage.name], floors[stage.name] = layer.compute(stage, given)
+                later = {name for after in chain[number:] for name in after.computed_from}
+                if stage == LEAVING:
+                    self._left = runs[stage.name]
+                runs = {name: runs[name] for name in runs.keys() & later}
+        return floors
+
+    def of_head(
+        self, norm: np.ndarray, sample: np.ndarray | None, rows: np.ndarray, *, last: bool
+    ) -> dict[str, StageNoise]:
+        """Compute the floors of the stages of the whole model, after those of its last layer.
+
+        Args:
+            norm: Weight of the final norm, [D].
+            sample: Some rows of lm_head's matrix, [O, D]; None if that stage is not wanted.
+            rows: The residual stream that leaves the last layer, [T, D].
+            last: Whether lm_head is wanted of the last token alone.
+        """
+        final_norm, lm_head = HEAD
+        nothing = np.zeros((1, len(norm)), norm.dtype)
+        head = SampledHead(
+            self._config, norm, nothing if sample is None else sample, PRECISIONS["float64"]
+        )
+        with jax.enable_x64(True), np.errstate(over="ignore", invalid="ignore"):
+            modules = _Modules([head], norm.dtype, self.positions)
+            stream = modules.entered_by(rows[self.positions], self._left)
+            normed, floor = modules.compute(final_norm, [stream])
+            floors = {final_norm.name: floor}
+            if sample is not None:
+                if last:
+                    of_last = {name: x[:, -1:] for name, x in normed.chains.items()}
+                    normed = Runs(normed.truth[-1:], of_last)
+                _, floors[lm_head.name] = modules.compute(lm_head, [normed])
+        return floors
+
+
 def noise_floor(
     config: Config, weights: AttentionWeights, rows: np.ndarray, wanted: Collection[Stage]
 ) -> Noise:
-    """Compute the noise floor of stages of one layer, on JAX's default device.
+    """Compute the noise floor of stages of attention alone, of a layer entered without errors.
 
     Args:
         config: Sizes, eps and theta.
         weights: The layer's.
         rows: The residual stream that enters it, [T, D].
         wanted: Which stages of `qwenref.stages.ATTENTION`.
+
+    Returns:
+        Floors by the stage's name.
     """
-    positions = sampled(len(rows))
-    chain = needed_for(wanted)
-    floors = {}
-    with jax.enable_x64(True), np.errstate(over="ignore", invalid="ignore"):
-        layer = _Layer(config, weights, positions)
-        runs = {RESIDUAL: layer.entered_by(rows[positions])}
-        for number, stage in enumerate(chain, start=1):
-            runs[stage.name], noise = layer.compute(stage, [runs[s] for s in stage.computed_from])
-            if stage in wanted:
-                floors[stage.name] = noise
-            later = {name for after in chain[number:] for name in after.computed_from}
-            runs = {name: runs[name] for name in runs.keys() & later}
-    return Noise(positions.tolist(), floors)
+    floors = NoiseFloors(config, len(rows))
+    found = floors.of_layer(weights, None, rows, wanted)
+    of_wanted = {stage.name: found[stage.name] for stage in wanted}
+    return Noise(floors.positions.tolist(), of_wanted)
 
 
 def sampled(T: int) -> np.ndarray:
@@ -111,25 +192,32 @@ def sampled(T: int) -> np.ndarray:
     return (starts[:, None] + np.arange(WINDOW)).reshape(-1)
 
 
-class _Layer:
-    """One layer, and the tokens for which to compute its stages."""
+class _Modules:
+    """Some modules, and the tokens for which to compute their stages."""
 
-    def __init__(self, config: Config, weights: AttentionWeights, positions: np.ndarray):
+    def __init__(self, modules: Sequence[Arithmetic], stored: np.dtype, positions: np.ndarray):
         T = len(positions)
-        self.sizes = config.sizes
-        self.stored = ml_dtypes.finfo(weights.q_proj.dtype).nmant
+        self.sizes = modules[0].config.sizes
+        self.stored = ml_dtypes.finfo(stored).nmant
         self.shifts = positions - np.arange(T)
         self.growth = ((positions[-1] + 1) / T) ** GROWTH
-        self.layer = Attention(config, weights, PRECISIONS["float64"])
+        self.modules = modules
         draws = max(-(-LEAST_ROWS // T), min(2, MOST_TOKENS // T))
-        self.roundoff = Roundoff(self.layer, positions, draws)
+        self.roundoff = Roundoff(modules, positions, draws)
         # the first draw rounds values as they are, the others as if they were a bit smaller: that
         # rounds them otherwise, but not more, and engines may scale them too
         self.scales = np.append(1, 2 ** -generator("scales").random(draws - 1))
 
-    def entered_by(self, rows: np.ndarray) -> Runs:
-        """Return the stream that enters the layer, as all classes hold it."""
+    def entered_by(self, rows: np.ndarray, left: Runs | None) -> Runs:
+        """Return the stream that enters the layer, as all classes hold it.
+
+        Args:
+            rows: The stream, [T, D].
+            left: What left the layer before: the errors of the classes, if any were made.
+        """
         truth = rows.astype(np.float64)
+        if left is not None:
+            return Runs(truth, {name: truth + (x - left.truth) for name, x in left.chains.items()})
         held = {name: nearest(truth, FORMATS[of.results]) for name, of in CLASSES.items()}
         draws = self.roundoff.draws
         return Runs(truth, {name: np.stack([rows] * draws) for name, rows in held.items()})
@@ -172,7 +260,9 @@ class _Layer:
     def _computed(self, stage: Stage, batches: list[list[np.ndarray]]) -> list[np.ndarray]:
         """Compute a stage exactly from several batches of inputs, [B, ...] each, in one go."""
         together = [np.concatenate(arrays) for arrays in zip(*batches, strict=True)]
-        computed = np.asarray(_in_float64(self.layer, stage, together, self.shifts))
+        name = "sampled_lm_head" if stage.name == "lm_head" else stage.name
+        module = next(module for module in self.modules if hasattr(module, name))
+        computed = np.asarray(_in_float64(module, stage, name, together, self.shifts))
         ends = np.cumsum([len(batch[0]) for batch in batches])
         return np.split(computed, ends[:-1])
 
@@ -206,9 +296,11 @@ class _Layer:
         return floors_of(stage, draws[0]._replace(error=error, largest=largest), self.sizes)
 
 
-@partial(jax.jit, static_argnums=1)
-def _in_float64(layer: Attention, stage: Stage, inputs: list[Array], shifts: Array) -> Array:
+@partial(jax.jit, static_argnums=(1, 2))
+def _in_float64(
+    module: Arithmetic, stage: Stage, name: str, inputs: list[Array], shifts: Array
+) -> Array:
     """Compute a stage from B sets of inputs, [B, ...]; weights are widened once for all."""
     position = (shifts,) if stage.positioned and not stage.sliced else ()
-    method = getattr(layer, stage.name)
+    method = getattr(module, name)
     return jax.vmap(lambda *given: method(*given, *position))(*inputs)

@@ -9,13 +9,19 @@ from typing import NamedTuple, SupportsIndex
 import jax
 import numpy as np
 
-from qwenref.chain import chain_pieces
+from qwenref.chain import Layer, layer_pieces
 from qwenref.dumps.layout import layout_named
 from qwenref.errors import QwenrefError
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.precision import PRECISIONS, Precision
-from qwenref.model.weights import check_tensors, read_attention, read_embedding
+from qwenref.model.weights import (
+    check_tensors,
+    embedding_table,
+    present_attention_tensors,
+    read_attention,
+    read_embedding,
+)
 from qwenref.stages import ATTENTION
 
 DEVICES = ("auto", "cpu", "gpu")
@@ -73,19 +79,23 @@ def run(
     tokens = whole_numbers(tokens)
     checkpoint = Checkpoint(Path(model_dir))
     checkpoint.config.refuse_window(0, len(tokens))
-    check_tensors(checkpoint, 0, embedding=True)
+    config = checkpoint.config
+    check_tensors(
+        checkpoint,
+        [*present_attention_tensors(checkpoint, 0).values(), embedding_table(config)],
+    )
     with computing(dtype, device) as (precision, _):
         weights, _ = read_attention(checkpoint, 0)
         rows, _ = read_embedding(checkpoint, tokens)
-        attention = Attention(checkpoint.config, weights, precision)
-        sizes = checkpoint.config.sizes | {"T": len(rows), "S": len(rows)}
+        layer = Layer(Attention(config, weights, precision))
+        sizes = config.sizes | {"T": len(rows), "S": len(rows)}
         shapes = {s.name: [sizes[axis] for axis in arrange.axes(s)] for s in ATTENTION}
         arrays = Stages(
             **{name: np.empty(shape, precision.arithmetic) for name, shape in shapes.items()}
         )
-        for stage, first, values in chain_pieces(attention, rows, ATTENTION):
+        for stage, first, values, _ in layer_pieces(layer, rows, ATTENTION):
             flat = getattr(arrays, stage.name).reshape(-1)
-            for start, part in arrange.runs(stage, values, first, len(rows)):
+            for start, part in arrange.runs(stage, values, first, sizes):
                 flat[start : start + part.size] = part.reshape(-1)
     return arrays
 

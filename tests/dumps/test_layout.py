@@ -20,6 +20,16 @@ AXES = {
     "attn_softmax": "N T S",
     "attention": "T E",
     "attn_out": "T D",
+    "post_attn_residual": "T D",
+    "ffn_norm": "T D",
+    "ffn_gate": "T I",
+    "ffn_up": "T I",
+    "ffn_silu": "T I",
+    "ffn_swigl": "T I",
+    "ffn_out": "T D",
+    "post_ffn_residual": "T D",
+    "final_norm": "T D",
+    "lm_head": "T V",
 }
 FLAT_STAGES = [name for name, axes in AXES.items() if len(axes.split()) == 2]
 SHAPES = {
@@ -35,8 +45,9 @@ SCORES = ["attn_scores", "attn_softmax"]
 def runs(
     layout: str, stage: str, values: np.ndarray, first: int = 0, tokens: int | None = None
 ) -> list[tuple[int, np.ndarray]]:
-    whole = values.shape[AXES[stage].split().index("T")] if tokens is None else tokens
-    return list(LAYOUTS[layout].runs(BY_NAME[stage], values, first, whole))
+    sizes = dict(zip(AXES[stage].split(), values.shape, strict=True))
+    sizes |= {} if tokens is None else {"T": tokens}
+    return list(LAYOUTS[layout].runs(BY_NAME[stage], values, first, sizes))
 
 
 def laid_out(layout: str, stage: str, *slices: tuple[int, np.ndarray], tokens: int) -> np.ndarray:
@@ -196,6 +207,6 @@ def test_the_array_itself_is_never_changed(layout: str, stage: str) -> None:
 
 def test_scores_are_masked_one_head_at_a_time() -> None:
     scores = np.ones((N, T, T), np.float32)
-    heads = LAYOUTS["apr"].runs(BY_NAME["attn_scores"], scores, 0, T)
+    heads = LAYOUTS["apr"].runs(BY_NAME["attn_scores"], scores, 0, {"T": T, "S": T})
     assert next(heads)[1].sum() == 6  # a masked copy of all heads would double the peak memory
     assert len(list(heads)) == N - 1

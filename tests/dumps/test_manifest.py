@@ -56,10 +56,19 @@ VALID: dict[str, Any] = {
         "num_attention_heads": 6,
         "num_key_value_heads": 2,
         "head_dim": 14,
+        "intermediate_size": 152,
+        "vocab_size": 320,
         "rms_norm_eps": 1e-6,
         "rope_theta": 1000000.0,
     },
-    "weights": {"layers": {"0": PRINT}, "embedding": PRINT, "biases": True},
+    "weights": {
+        "layers": {"0": PRINT},
+        "embedding": PRINT,
+        "biases": True,
+        "feed_forwards": {},
+        "final_norm": None,
+        "lm_head": None,
+    },
     "stages": [
         {
             "stage": "q_post_rope",
@@ -81,7 +90,7 @@ VALID: dict[str, Any] = {
     "noise": {
         "tokens": [0, 2],
         "stages": {
-            "q_post_rope": {
+            "layer-0/q_post_rope": {
                 "accumulated": {"float32": FLOORS},
                 "local": {},
                 "inputs": {"float16": FLOORS},
@@ -101,14 +110,14 @@ TEXT = r"""{
   "prompt": "say \"é\n\u001b☃\"",
   "tokens": [3,0,4294967295],
   "input": null,
-  "config": {"hidden_size":84,"num_attention_heads":6,"num_key_value_heads":2,"head_dim":14,"rms_norm_eps":1e-6,"rope_theta":1000000.0},
-  "weights": {"layers":{"0":"blake3:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"},"embedding":"blake3:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef","biases":true},
+  "config": {"hidden_size":84,"num_attention_heads":6,"num_key_value_heads":2,"head_dim":14,"intermediate_size":152,"vocab_size":320,"rms_norm_eps":1e-6,"rope_theta":1000000.0},
+  "weights": {"layers":{"0":"blake3:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"},"embedding":"blake3:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef","biases":true,"feed_forwards":{},"final_norm":null,"lm_head":null},
   "stages": [
     {"stage":"q_post_rope","layer":0,"file":"layer-0/q_post_rope.bin","shape":[6,3,14],"axes":"N T H","fingerprint":"blake3:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"},
     {"stage":"final_norm","layer":null,"file":"final_norm.bin","shape":[3,84],"axes":"T D","fingerprint":"blake3:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"}
   ],
   "noise": {"tokens": [0,2], "stages": {
-    "q_post_rope": {"accumulated":{"float32":{"whole":1.2e-7,"blocks":[],"heads":[1.3e-7,1.2e-7,1.2e-7,1.2e-7,null,1.2e-7],"tokens":[1.2e-7,0.5],"element":null}},"local":{},"inputs":{"float16":{"whole":1.2e-7,"blocks":[],"heads":[1.3e-7,1.2e-7,1.2e-7,1.2e-7,null,1.2e-7],"tokens":[1.2e-7,0.5],"element":null}}}
+    "layer-0/q_post_rope": {"accumulated":{"float32":{"whole":1.2e-7,"blocks":[],"heads":[1.3e-7,1.2e-7,1.2e-7,1.2e-7,null,1.2e-7],"tokens":[1.2e-7,0.5],"element":null}},"local":{},"inputs":{"float16":{"whole":1.2e-7,"blocks":[],"heads":[1.3e-7,1.2e-7,1.2e-7,1.2e-7,null,1.2e-7],"tokens":[1.2e-7,0.5],"element":null}}}
   }}
 }
 """  # noqa: E501 - the lines are as long as the format makes them
@@ -185,11 +194,12 @@ def test_reading_gives_every_field(tmp_path: Path) -> None:
         prompt='say "é\n\x1b☃"',
         tokens=[3, 0, 4294967295],
         input=None,
-        config=UsedConfig(84, 6, 2, 14, 1e-6, 1e6),
+        config=UsedConfig(84, 6, 2, 14, 152, 320, 1e-6, 1e6),
         weights=Weights({"0": PRINT}, PRINT, True),
         stages=stages,
         noise=Noise(
-            [0, 2], {"q_post_rope": StageNoise({"float32": floors}, {}, {"float16": floors})}
+            [0, 2],
+            {"layer-0/q_post_rope": StageNoise({"float32": floors}, {}, {"float16": floors})},
         ),
     )
 
@@ -320,13 +330,21 @@ MALFORMED = [
     ("noise.tokens", [0, 1], "tokens of noise"),
     ("noise.tokens", [1, 2], "tokens of noise"),
     ("noise.tokens", [0, 2, 2], "tokens of noise"),
-    ("noise.tokens", [0, 1, 2], "noise of q_post_rope in float32"),
-    ("noise.stages", {"q_pre_rope": VALID["noise"]["stages"]["q_post_rope"]}, "q_pre_rope"),
-    ("noise.stages.q_post_rope.local", ..., "local"),
-    ("noise.stages.q_post_rope.local", {"float16": FLOORS | {"heads": []}}, "in float16"),
-    ("noise.stages.q_post_rope.local", {"float16": FLOORS | {"blocks": [1.0]}}, "in float16"),
-    ("noise.stages.q_post_rope.local", {"float16": FLOORS | {"whole": -1.0}}, "noise"),
-    ("noise.stages.q_post_rope.local", {"float16": FLOORS | {"whole": "1"}}, "noise"),
+    ("noise.tokens", [0, 1, 2], "noise of layer-0/q_post_rope in float32"),
+    (
+        "noise.stages",
+        {"layer-0/q_pre_rope": VALID["noise"]["stages"]["layer-0/q_post_rope"]},
+        "q_pre_rope",
+    ),
+    ("noise.stages.layer-0/q_post_rope.local", ..., "local"),
+    ("noise.stages.layer-0/q_post_rope.local", {"float16": FLOORS | {"heads": []}}, "in float16"),
+    (
+        "noise.stages.layer-0/q_post_rope.local",
+        {"float16": FLOORS | {"blocks": [1.0]}},
+        "in float16",
+    ),
+    ("noise.stages.layer-0/q_post_rope.local", {"float16": FLOORS | {"whole": -1.0}}, "noise"),
+    ("noise.stages.layer-0/q_post_rope.local", {"float16": FLOORS | {"whole": "1"}}, "noise"),
 ]
 
 

@@ -274,7 +274,7 @@ def test_force_replaces_a_dump_as_a_whole(old: Path) -> None:
 def test_force_replaces_other_layers_and_whole_model_stages(out: Path) -> None:
     with new_dump(out) as folder:
         (folder / "final_norm.bin").write_bytes(b"x")
-        final_norm = StageFile("final_norm", None, "final_norm.bin", [1], "V", PRINT)
+        final_norm = StageFile("final_norm", None, "final_norm.bin", [11], "V", PRINT)
         attn_out = write(folder, "attn_out", np.ones((3, 5)), layer=3).file
         write_manifest(folder, **FIELDS, stages=[attn_out, final_norm])
     make(out, "attn_norm", force=True)

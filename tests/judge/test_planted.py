@@ -365,17 +365,25 @@ def test_nothing_at_all_in_common_is_not_allowed_to_agree(ours: Path, copy: Path
     assert result.verdict == "incomplete"
 
 
-def test_an_extra_file_is_listed_and_not_judged(ours: Path, copy: Path, tmp_path: Path) -> None:
-    store(copy, "ffn_norm", np.ones(1008))
+@pytest.mark.parametrize("name", ["ffn_norm", "k_cache"])
+def test_an_extra_file_is_listed_and_not_judged(
+    name: str, ours: Path, copy: Path, tmp_path: Path
+) -> None:
+    store(copy, name, np.ones(1008))
     result = qwenref.diff(ours, copy)
-    found = stage_of(result, "ffn_norm")
+    found = stage_of(result, name)
     assert (result.verdict, found.status, found.required) == ("agree", "unmeasured", False)
     assert "9 stages" in result.reason
-    assert "ffn_norm" in report(result)
+    assert name in report(result)
     twin = shutil.copytree(ours, tmp_path / "twin")
-    store(twin, "ffn_norm", np.arange(1008))
+    store(twin, name, np.arange(1008))
     result = qwenref.diff(twin, copy)
-    found = stage_of(result, "ffn_norm")
+    found = stage_of(result, name)
+    if name == "ffn_norm":  # a stage that all dumps have
+        assert (result.verdict, found.status, found.required) == ("differ", "differ", True)
+        assert result.first_divergence is not None
+        assert result.first_divergence.stage == name
+        return
     assert (result.verdict, found.status, found.required) == ("agree", "differ", False)
     assert found.rel_l2 is not None
     assert "9 stages" in result.reason
@@ -685,7 +693,7 @@ def with_floors(dump: Path, stage: str, **changes: float | list[float]) -> None:
     """Change the bfloat16 floor of a stage in a manifest."""
     path = dump / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["noise"]["stages"][stage]["accumulated"]["bfloat16"] |= changes
+    manifest["noise"]["stages"][f"layer-0/{stage}"]["accumulated"]["bfloat16"] |= changes
     path.write_text(json.dumps(manifest))
 
 
@@ -779,7 +787,7 @@ def test_embedding_rows_are_no_evidence_of_a_class(tmp_path: Path) -> None:
     capture(TINY, tmp_path / "a", stages=(EMBEDDING, *ATTENTION))
     result = qwenref.diff(tmp_path / "a", DATA / "apr-f32")
     assert stage_of(result, "embedding").rel_l2 == 0
-    assert result.reason.startswith("at float32 precision: 9 stages")
+    assert result.reason.startswith("at float32 precision: 10 stages")
 
 
 def test_a_floor_is_that_of_the_coarsest_class_before(ours: Path, copy: Path) -> None:

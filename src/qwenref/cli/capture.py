@@ -1,5 +1,6 @@
 """`qwenref capture`: parse, call one function, print."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from reprlib import repr as short
 from typing import TYPE_CHECKING, Annotated
@@ -12,6 +13,7 @@ from qwenref.interrupts import Interrupts
 
 if TYPE_CHECKING:
     from qwenref.capture import Captured
+    from qwenref.dumps.tree import Written
 
 
 def capture(
@@ -23,7 +25,7 @@ def capture(
         ),
     ] = None,
     layers: Annotated[
-        str, typer.Option(metavar="SPEC", help="0, or 0,1 or 0..4 (without 4); see --input.")
+        str, typer.Option(metavar="SPEC", help="0, or 0,5 or 0..4 (without 4), or all.")
     ] = "0",
     prompt: Annotated[
         str | None,
@@ -34,8 +36,12 @@ def capture(
         typer.Option(metavar="IDS|@FILE", help="Token ids instead: 3838,374,220 or @FILE."),
     ] = None,
     stages: Annotated[
-        str, typer.Option(metavar="all|A,B", help="Stages to write; also: embedding.")
-    ] = "all",
+        str,
+        typer.Option(
+            metavar="GROUPS|A,B",
+            help="Stages to write: attention, mlp, residual, all, or names, as final_norm,lm_head.",
+        ),
+    ] = "attention",
     dtype: Annotated[
         str,
         typer.Option(
@@ -58,8 +64,8 @@ def capture(
         typer.Option(
             "--input",
             metavar="FILE",
-            help="APRT file [T, D] with the residual stream that enters the one layer of "
-            "--layers, which may then be any.",
+            help="APRT file [T, D] with the residual stream that enters the first of --layers; "
+            "the run begins there.",
         ),
     ] = None,
     output: Annotated[
@@ -72,10 +78,13 @@ def capture(
     no_noise: Annotated[
         bool, typer.Option("--no-noise", help="Do not compute how much error is normal.")
     ] = False,
+    logits: Annotated[
+        str, typer.Option(metavar="last|all", help="Of which tokens to write lm_head.")
+    ] = "last",
     json: Annotated[bool, typer.Option("--json", help="Print the manifest, as JSON.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No table, no progress.")] = False,
 ) -> None:
-    """Write the stages of one layer's attention as APRT files, with a manifest."""
+    """Write the stages of attention, or of whole layers, as APRT files, with a manifest."""
     with (
         ready_for_jax(device),
         shown_progress(quiet) as progress,
@@ -85,7 +94,7 @@ def capture(
         from qwenref import capture as capturing
         from qwenref.bundled import tiny_checkpoint
         from qwenref.model.tokens import parse_tokens
-        from qwenref.stages import parse_layers, parse_stages
+        from qwenref.stages import parse_layers, parse_logits, parse_stages
 
         with interrupts.let_through():
             done = capturing.capture(
@@ -101,11 +110,12 @@ def capture(
                 residual=residual,
                 force=force,
                 noise=not no_noise,
+                all_logits=parse_logits(logits),
                 progress=progress,
             )
     for stage in done.written:
         if stage.nonfinite:
-            found = f"{stage.file.stage} holds {stage.nonfinite} NaN or infinite values"
+            found = f"{stage.file.file} holds {stage.nonfinite} NaN or infinite values"
             typer.echo(f"qwenref: warning: {found}", err=True)
     if json:
         typer.echo(done.manifest.to_json(), nl=False)
@@ -114,27 +124,58 @@ def capture(
 
 
 def _table(done: "Captured", residual: Path | None) -> str:
-    """Return what was written, one line a stage."""
+    """Return what was written: one line a stage, of all layers together."""
+    from qwenref.dumps.manifest import floor_name
+
     made = done.manifest
-    first = made.stages[0]
-    T = first.shape[first.axes.split().index("T")]
+    layers = sorted({stage.layer for stage in made.stages if stage.layer is not None})
     start = "" if made.prompt is None else f" of {short(made.prompt)}"
     start += "" if residual is None else f" entering from {residual}"
-    title = f"{made.model}, layer {first.layer}, {T} tokens{start}, {made.dtype} on {made.device}"
+    where = f"{_layers(layers)}, {done.length} tokens{start}"
+    title = f"{made.model}, {where}, {made.dtype} on {made.device}"
     floors = {} if made.noise is None else made.noise.stages
     classes = ("float32", "float16", "bfloat16") if floors else ()
     rows = [("stage", "shape", "rms", *classes, f"file in {done.directory}")]
-    for stage in done.written:
-        floor = floors.get(stage.file.stage)
-        errors = [floor and floor.accumulated[name].whole for name in classes]
-        normal = ["-" if error is None else f"{error:.1e}" for error in errors]
-        file = stage.file
-        rows.append((file.stage, str(file.shape), f"{stage.rms:.3e}", *normal, file.file))
+    for of in _by_name(done.written):
+        known = [floors.get(floor_name(stage.file.layer, stage.file.stage)) for stage in of]
+        normal = [
+            _largest([floor.accumulated[name].whole for floor in known if floor is not None])
+            for name in classes
+        ]
+        file, *others = [stage.file for stage in of]
+        path = f"layer-*/{file.stage}.bin" if others else file.file
+        ends = (f"{end(stage.rms for stage in of):.3e}" for end in (min, max))
+        rms = " to ".join(dict.fromkeys(ends))
+        rows.append((file.stage, str(file.shape), rms, *normal, path))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [title]
     lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
     if floors:
-        lines.append(
-            f"{', '.join(classes)}: how large a relative L2 error is normal there, for this prompt"
-        )
+        where = "there" if len(layers) < 2 else "in the layer where it is largest"
+        normal = f"how large a relative L2 error is normal {where}, for this prompt"
+        lines.append(f"{', '.join(classes)}: {normal}")
     return "\n".join(printable(line) for line in lines)
+
+
+def _layers(layers: Sequence[int]) -> str:
+    if not layers:
+        return "the whole model"
+    if len(layers) == 1:
+        return f"layer {layers[0]}"
+    if list(layers) == [*range(layers[0], layers[-1] + 1)]:
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layers {', '.join(map(str, layers))}"
+
+
+def _by_name(written: "Iterable[Written]") -> "list[list[Written]]":
+    """Return the files of each stage, in the order of the stages."""
+    grouped: dict[str, list[Written]] = {}
+    for stage in written:
+        grouped.setdefault(stage.file.stage, []).append(stage)
+    return list(grouped.values())
+
+
+def _largest(errors: Sequence[float | None]) -> str:
+    """Return the largest of the errors that are normal in several layers."""
+    known = [error for error in errors if error is not None]
+    return f"{max(known):.1e}" if known and len(known) == len(errors) else "-"

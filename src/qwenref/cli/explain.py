@@ -63,7 +63,7 @@ def explain(
         from qwenref.trial.words import last_lines, report
 
         with interrupts.let_through(), shown_progress(quiet) as progress:
-            layer, *others = parse_layers(layers)
+            layer, *others = parse_layers(layers) or (0, 1)
             if others:
                 raise QwenrefError(f"--layers {layers!r}: explain takes one layer at a time")
             answer = explaining.explain(

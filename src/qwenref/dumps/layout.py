@@ -5,7 +5,7 @@ The arithmetic knows nothing of this: attention computes every stage in the axes
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,7 +35,12 @@ class Layout:
         return stage.axes
 
     def runs(
-        self, stage: Stage, values: np.ndarray, first: int, T: int
+        self,
+        stage: Stage,
+        values: np.ndarray,
+        first: int,
+        sizes: Mapping[str, int],
+        channel: int = 0,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(start, run)`: the values of each contiguous run in the laid out, flat array.
 
@@ -44,9 +49,18 @@ class Layout:
             values: Its array in the axes of `stage.axes`, scores unmasked, for the tokens (or
                 queries) from `first` on.
             first: Position of the first of them.
-            T: How many tokens the whole array has.
+            sizes: Of the letters of its axes: of the whole array.
+            channel: Which of its last axis the first one given is.
         """
-        axes = self.axes(stage)
+        axes, T = self.axes(stage), sizes["T"]
+        width = sizes[axes[-1]]
+        if len(axes) == 1:
+            yield channel, values
+            return
+        if values.shape[-1] < width:
+            for token, part in enumerate(values):
+                yield (first + token) * width + channel, part
+            return
         values = values.transpose([stage.axes.index(axis) for axis in axes])
         if axes[0] == "T":
             yield first * math.prod(values.shape[1:]), values

@@ -14,7 +14,7 @@ from qwenref.dumps.aprt import MAX_VALUES
 from qwenref.errors import QwenrefError
 from qwenref.files import parse_json, read_bounded
 from qwenref.metrics import Errors, heads_in
-from qwenref.stages import ATTENTION, BY_NAME
+from qwenref.stages import BY_NAME
 
 NAME = "manifest.json"
 LIMIT = 1 << 26
@@ -23,6 +23,7 @@ LIMIT = 1 << 26
 _Fingerprint = Annotated[str, msgspec.Meta(pattern="^blake3:[0-9a-f]{64}$", max_length=71)]
 _Layer = Annotated[int, msgspec.Meta(ge=0, lt=MAX_VALUES)]
 _Token = Annotated[int, msgspec.Meta(ge=0, le=MAX_VALUES)]
+_LayerName = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,9}$", max_length=9)]
 _Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_VALUES)]
 
 
@@ -33,17 +34,21 @@ class UsedConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     num_attention_heads: _Size
     num_key_value_heads: _Size
     head_dim: _Size
+    intermediate_size: _Size
+    vocab_size: _Size
     rms_norm_eps: float
     rope_theta: float
 
     @property
     def sizes(self) -> dict[str, int]:
-        """N, K, H and D."""
+        """N, K, H, D, I and V."""
         return {
             "N": self.num_attention_heads,
             "K": self.num_key_value_heads,
             "H": self.head_dim,
             "D": self.hidden_size,
+            "I": self.intermediate_size,
+            "V": self.vocab_size,
         }
 
 
@@ -54,11 +59,17 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         layers: For each layer (its number as a string) that of its attention tensors.
         embedding: That of the prompt's rows of the embedding table; None if they were not read.
         biases: Whether the q, k and v projections have biases; without, qkv_bias is qkv_matmul.
+        feed_forwards: For each layer that of its MLP and the norm before, where they were read.
+        final_norm: That of the norm after the last layer, if it was read.
+        lm_head: That of the matrix of lm_head, the embedding table if they are tied, if read.
     """
 
-    layers: dict[Annotated[str, msgspec.Meta(pattern="^[0-9]{1,9}$", max_length=9)], _Fingerprint]
+    layers: dict[_LayerName, _Fingerprint]
     embedding: _Fingerprint | None
     biases: bool
+    feed_forwards: dict[_LayerName, _Fingerprint] = {}
+    final_norm: _Fingerprint | None = None
+    lm_head: _Fingerprint | None = None
 
 
 class StageFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -100,7 +111,7 @@ class Noise(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Attributes:
         tokens: The positions that it was computed for, in order; all of them if there are few.
-        stages: By the stage's name.
+        stages: By the file without its ending: ``layer-0/attn_scores``.
     """
 
     tokens: Annotated[list[_Token], msgspec.Meta(min_length=1)]
@@ -167,6 +178,11 @@ def stage_path(layer: int | None, stage: str) -> str:
     return f"{stage}.bin" if layer is None else f"layer-{layer}/{stage}.bin"
 
 
+def floor_name(layer: int | None, stage: str) -> str:
+    """Return by what name `Noise.stages` has the floor of a stage."""
+    return stage_path(layer, stage).removesuffix(".bin")
+
+
 def write_manifest(directory: Path, **fields: Any) -> Manifest:
     """Write manifest.json into a directory that has none, and return what it says.
 
@@ -218,15 +234,16 @@ def _consistent(manifest: Manifest) -> Manifest:
 
 
 def _check_noise(manifest: Manifest, noise: Noise, sizes: Mapping[str, int]) -> None:
-    listed = {stage.stage for stage in manifest.stages} & {stage.name for stage in ATTENTION}
+    listed = {floor_name(file.layer, file.stage): file for file in manifest.stages}
     tokens = noise.tokens
     if tokens != sorted(set(tokens)) or [tokens[0], tokens[-1] + 1] != [0, sizes.get("T")]:
         raise ValueError("the tokens of noise are not some of the prompt's, from first to last")
     for name, floor in noise.stages.items():
-        if name not in listed:
+        if name not in listed or listed[name].stage not in BY_NAME:
             raise ValueError(f"noise has a stage {name!r}, and there is no such file")
-        stage = BY_NAME[name]
-        wanted = len(stage.blocks), heads_in(stage, sizes), len(tokens)
+        stage = BY_NAME[listed[name].stage]
+        looked_at = 1 if listed[name].axes == "V" else len(tokens)  # logits of the last token
+        wanted = len(stage.blocks), heads_in(stage, sizes), looked_at
         for part in (floor.accumulated, floor.local, floor.inputs):
             for of, errors in part.items():
                 if (len(errors.blocks), len(errors.heads), len(errors.tokens)) != wanted:

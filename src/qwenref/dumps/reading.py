@@ -21,7 +21,7 @@ from qwenref.dumps.naming import Names, Place
 from qwenref.dumps.place import PARTIAL
 from qwenref.errors import QwenrefError
 from qwenref.files import parse_json, read_bounded, reason, require_regular
-from qwenref.stages import BY_NAME
+from qwenref.stages import OF_LAYERS
 
 ENDINGS = (".bin", ".aprt", ".npy", ".f32", ".raw")
 """Of files that hold a stage: APRT, APRT, NumPy's, and float32 without a header."""
@@ -215,7 +215,7 @@ def _add(found: dict[Key, dict[str | None, Stored]], place: Place, stored: Store
     layer = place.layer
     if layer is None and stored.says_layer:
         layer = stored.layer
-    elif layer is None and place.stage in BY_NAME:
+    elif layer is None and place.stage in OF_LAYERS:
         layer = 0
     parts = found.setdefault((layer, place.stage), {})
     twice = next((parts[part] for part in parts if None in (part, place.part)), None)

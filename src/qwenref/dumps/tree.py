@@ -22,16 +22,21 @@ class Written(NamedTuple):
 
 
 class StageWriter:
-    """One stage of one layer, in a dump that is being built; written whole or by slices."""
+    """One stage, in a dump that is being built; written whole or by slices."""
 
     def __init__(
-        self, folder: Path, layer: int, stage: Stage, sizes: Mapping[str, int], layout: Layout
+        self,
+        folder: Path,
+        layer: int | None,
+        stage: Stage,
+        sizes: Mapping[str, int],
+        layout: Layout,
     ):
         """Create the file.
 
         Args:
             folder: As `new_dump` gives it.
-            layer: The layer's number.
+            layer: The layer's number, None for a stage of the whole model.
             stage: The stage.
             sizes: Of the letters of its axes.
             layout: How to lay the file out.
@@ -44,14 +49,15 @@ class StageWriter:
         self._file = AprtWriter(folder / self._name, layer, self._count)
         self._squares, self._nonfinite = 0.0, 0
 
-    def write(self, values: np.ndarray, first: int = 0) -> None:
-        """Write the tokens (or queries) from position `first` on.
+    def write(self, values: np.ndarray, first: int = 0, channel: int = 0) -> None:
+        """Write the tokens (or queries) from position `first` on, of each the values from one on.
 
         Args:
             values: In the axes of `stage.axes`, scores unmasked, any float dtype.
             first: Position of the first token in it.
+            channel: Which of the stage's last axis the first one in it is.
         """
-        for start, run in self._layout.runs(self.stage, values, first, self._sizes["T"]):
+        for start, run in self._layout.runs(self.stage, values, first, self._sizes, channel):
             written = self._file.write(start, run)
             self._squares += float(np.sum(np.square(written, dtype=np.float64)))
             self._nonfinite += written.size - int(np.count_nonzero(np.isfinite(written)))

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenref.dumps.reading import Dump, Key, Mapped, Stored
-from qwenref.judge.arrangement import TRANSPOSED, Arrangement, arrangements, relation_of
+from qwenref.judge.arrangement import LAST, TRANSPOSED, Arrangement, arrangements, relation_of
 from qwenref.judge.floors import BLIND, Floors
 from qwenref.metrics import MARGIN
 from qwenref.stages import BY_NAME, Stage
@@ -43,7 +43,9 @@ class Side(NamedTuple):
         """Return the orders in which it may be stored, the likeliest first."""
         ways = [*arrangements(stage, sizes, T, [part.count for part in self.parts])]
         if self.axes is not None:
-            return [way for way in ways if way.name == " ".join(self.axes)]
+            stated = " ".join(self.axes)
+            names = (LAST, "T V") if stated == "V" else (stated,)  # logits of the last token
+            return [way for way in ways if way.name in names]
         shape = self.parts[0].shape if len(self.parts) == 1 else None
         long = [size for size in shape or () if size > 1]
         if len(long) > 1:  # its axes are those of an order, or several of them in one

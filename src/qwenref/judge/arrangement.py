@@ -74,10 +74,12 @@ def arrangements(
 
     Args:
         stage: Which stage.
-        sizes: N, K, H, D.
+        sizes: N, K, H, D, and I and V if these are known: without, their stages have no shape.
         T: How many tokens there are.
         counts: Of values, for each array that holds a part of the stage: one, or one per block.
     """
+    if not has_shape(stage, sizes):
+        return
     J, W = heads_and_width(stage, sizes, T)
     letters = "JTW" if stage.masked else "TJW"
     blocks = (sizes["N"], sizes["K"], sizes["K"]) if stage.blocks else None
@@ -106,12 +108,17 @@ def arrangements(
                 yield Arrangement(name, (J, tokens, padded), "JTW", W)
 
 
+def has_shape(stage: Stage, sizes: Mapping[str, int]) -> bool:
+    """Return whether the sizes say what shape a stage has."""
+    return stage.has_heads or stage.axes[-1] in sizes
+
+
 def heads_and_width(stage: Stage, sizes: Mapping[str, int], T: int) -> tuple[int, int]:
     """Return J, and W without padding."""
     if stage.masked:
         return sizes["N"], T
-    if "D" in stage.axes:
-        return 1, sizes["D"]
+    if not stage.has_heads:
+        return 1, sizes[stage.axes[-1]]
     return heads_in(stage, sizes), sizes["H"]
 
 
@@ -119,8 +126,8 @@ def _name(stage: Stage, order: str) -> str:
     """Return the letters of axes in an order, as a manifest writes them where it can."""
     if stage.masked:
         of = {"T": "T", "J": "N", "W": "S"}
-    elif "D" in stage.axes:
-        of = {"T": "T", "J": "", "W": "D"}
+    elif not stage.has_heads:
+        of = {"T": "T", "J": "", "W": stage.axes[-1]}
     else:
         of = {"T": "T", "J": "J" if stage.blocks else "K" if "K" in stage.axes else "N", "W": "H"}
     name = " ".join(filter(None, (of[letter] for letter in order)))

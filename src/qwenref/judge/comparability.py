@@ -94,11 +94,21 @@ def _other_input(a: Manifest, b: Manifest) -> str | None:
 def _other_weights(a: Manifest, b: Manifest) -> str | None:
     if a.config != b.config:
         return "are of different models: their manifests differ in config"
-    common = a.weights.layers.keys() & b.weights.layers.keys()
-    other = sorted(la for la in common if a.weights.layers[la] != b.weights.layers[la])
-    if other:
-        return f"are of different weights in layer {other[0]}; --allow-different-weights compares"
-    rows = a.weights.embedding, b.weights.embedding
-    if None not in rows and rows[0] != rows[1]:
-        return "are of different embedding tables; --allow-different-weights compares"
+    ours, theirs = (_prints(manifest) for manifest in (a, b))
+    for what, fingerprint in ours.items():
+        if theirs.get(what, fingerprint) != fingerprint:
+            return f"are of different {what}; --allow-different-weights compares"
     return None
+
+
+def _prints(manifest: Manifest) -> dict[str, str]:
+    """Return the fingerprints of all weights that a manifest has, by what they are called."""
+    weights = manifest.weights
+    found = {f"weights in layer {n}": weights.layers[n] for n in sorted(weights.layers, key=int)}
+    found |= {f"MLP weights in layer {n}": of for n, of in weights.feed_forwards.items()}
+    others = {
+        "embedding tables": weights.embedding,
+        "weights of the final norm": weights.final_norm,
+        "matrices of lm_head": weights.lm_head,
+    }
+    return found | {what: of for what, of in others.items() if of is not None}

@@ -140,4 +140,4 @@ def sizes_of(model: Path) -> dict[str, int]:
         config = read_config(model / "config.json" if model.is_dir() else model)
     except OSError as error:
         raise QwenrefError(f"cannot read {model}: {reason(error)}") from error
-    return {letter: config.sizes[letter] for letter in "NKHD"}
+    return {letter: config.sizes[letter] for letter in "NKHDIV"}

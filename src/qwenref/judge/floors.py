@@ -9,7 +9,7 @@ from typing import Any
 import msgspec
 from msgspec.structs import astuple
 
-from qwenref.dumps.manifest import Manifest
+from qwenref.dumps.manifest import Manifest, floor_name
 from qwenref.files import parse_json, read_bounded
 from qwenref.metrics import MARGIN, Error, Errors, for_all_tokens, heads_in
 from qwenref.stages import BY_NAME, EMBEDDING
@@ -69,18 +69,15 @@ class Generic(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def floors_in(manifest: Manifest, layer: int | None, stage: str) -> Floors | None:
-    """Return the accumulated floors of a stage that a manifest has, of all its tokens.
-
-    A manifest has floors for the one layer that it lists.
-    """
-    noise = manifest.noise
-    if noise is None or stage not in noise.stages or {f.layer for f in manifest.stages} != {layer}:
+    """Return the accumulated floors of a stage that a manifest has, of all its tokens."""
+    noise, name = manifest.noise, floor_name(layer, stage)
+    if noise is None or name not in noise.stages:
         return None
-    accumulated = noise.stages[stage].accumulated
-    return {
-        name: for_all_tokens(accumulated[name], noise.tokens, noise.tokens[-1] + 1)
-        for name in PRECISIONS
-        if name in accumulated
+    accumulated = noise.stages[name].accumulated
+    known = {name: accumulated[name] for name in PRECISIONS if name in accumulated}
+    return {  # of logits, perhaps of the last token alone
+        name: for_all_tokens(of, noise.tokens[-len(of.tokens) :], noise.tokens[-1] + 1)
+        for name, of in known.items()
     }
 
 
@@ -112,7 +109,7 @@ def generic_floors(
 ) -> Floors:
     """Return floors of a stage for no prompt in particular.
 
-    A stage that is not one of the nine has the largest floors of all of them, the embedding those
+    A stage that is none of the nine has the largest floors of all of them, the embedding those
     of attn_norm, which is rounded as often. Above layer 0 a stage inherits what L layers add to the
     residual stream twice each, about the error of attn_out; like noise that adds up to
     sqrt(own^2 + 2 L attn_out^2). Transformers' errors in 24 random layers are 0.1 to 1.6 times that
@@ -133,7 +130,7 @@ def generic_floors(
     for name in PRECISIONS:
         known = up_to.stages.get("attn_norm" if stage == EMBEDDING.name else stage)
         own = known[name] if known else _largest(up_to, name)
-        by = 1.0 if stage in BY_NAME and stage not in AFTER_SOFTMAX else larger
+        by = 1.0 if known and stage not in AFTER_SOFTMAX else larger
         own, out = (astuple(of) for of in (own, up_to.stages["attn_out"][name]))
         depth = math.sqrt(2 * (DEPTH if stage in LAST_STAGES else layer or 0)) * larger
         of = (math.hypot(by * a, depth * b) for a, b in zip(own, out, strict=True))

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from qwenref.dumps.manifest import Manifest
 from qwenref.dumps.reading import Dump, Key, Stored
 from qwenref.errors import QwenrefError
-from qwenref.judge.arrangement import LAST, PADDED, arrangements, heads_and_width
+from qwenref.judge.arrangement import LAST, PADDED, arrangements, has_shape, heads_and_width
 from qwenref.stages import ALL, ATTENTION, BY_NAME, MAX_LAYERS
 
 PADDING = 32
@@ -18,11 +18,11 @@ _NAMES = [stage.name for stage in ALL]
 def sizes_in(
     manifests: Sequence[Manifest], given: Mapping[str, int] | None
 ) -> dict[str, int] | None:
-    """Return N, K, H, D: those of a manifest, else the given ones."""
+    """Return N, K, H, D, and I and V if known: those of a manifest, else the given ones."""
     if not manifests:
         return None if given is None else dict(given)
     sizes = manifests[0].config.sizes
-    if given is not None and given != sizes:
+    if given is not None and given.items() - sizes.items():
         raise QwenrefError(f"the sizes given are {dict(given)}, but a manifest says {sizes}")
     return sizes
 
@@ -56,9 +56,9 @@ def fits(dumps: Sequence[Dump], sizes: Mapping[str, int], T: int) -> list[int]:
 
 
 def _lengths(dump: Dump, sizes: Mapping[str, int]) -> Iterator[int]:
-    """Yield for each of the nine stages how many tokens it has; 0 if it does not fit."""
+    """Yield for each stage of known shape how many tokens it has; 0 if it does not fit."""
     for (_, name), parts in dump.stages.items():
-        if name not in BY_NAME:
+        if name not in BY_NAME or not has_shape(BY_NAME[name], sizes):
             continue
         row, count = BY_NAME[name], sum(part.count for part in parts.values())
         if row.masked:
@@ -83,6 +83,9 @@ def keys_in(
     dumps: Sequence[Dump], stages: Collection[str] | None, layers: Collection[int] | None
 ) -> dict[Key, bool]:
     """Return the stages to compare, in chain order, and whether the verdict depends on each.
+
+    It depends on stages that were asked for, and on the nine of attention, even if a dump lacks
+    them; on the other stages of the table where all dumps have them; on no others.
 
     Args:
         dumps: In which to look.
@@ -114,7 +117,12 @@ def keys_in(
         key=_place_in_chain,
     )
     single = any(dump.single for dump in dumps)
-    return {(layer, name): single or (name in deciding and layer in both) for layer, name in keys}
+    return {
+        key: single
+        or (key[1] in deciding and key[0] in both)
+        or (key[1] in BY_NAME and all(key in dump.stages for dump in dumps))
+        for key in keys
+    }
 
 
 def _place_in_chain(key: Key) -> tuple[int, int, str]:

@@ -65,7 +65,7 @@ def _name(
     if axis == "head":
         return _head(sizes, stage, index)
     if axis == "element" and at is not None:
-        headless = row is None or "D" in row.axes
+        headless = row is None or not row.has_heads
         return f"one value of token {at[0]}" + (
             "" if headless else f", {_head(sizes, stage, at[1])}"
         )

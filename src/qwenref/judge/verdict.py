@@ -9,9 +9,9 @@ from qwenref.judge.floors import PRECISIONS, for_elements, for_last_token, seein
 from qwenref.judge.measurement import LETTERS, Compared, Measurement, Nonfinite, Pair, StageMeasured
 from qwenref.judge.result import Status
 from qwenref.metrics import MARGIN, Errors, Worst, worst_of
-from qwenref.stages import ATTENTION
+from qwenref.stages import HEAD, LAYER
 
-_CHAIN = [stage.name for stage in ATTENTION]
+_CHAIN = [stage.name for stage in (*LAYER, *HEAD)]
 
 
 class Rules(NamedTuple):

@@ -11,31 +11,23 @@ Formulas: Qwen2.5 technical report (arXiv 2412.15115), RMSNorm (arXiv 1910.07467
 of them, and S keys from position 0 on.
 """
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from qwenref.model.arithmetic import EXACT, Arithmetic
 from qwenref.model.config import Config
-from qwenref.model.precision import POINTS, Precision, Rounding, rounded
+from qwenref.model.precision import Precision
 from qwenref.model.weights import AttentionWeights
-
-EXACT = jax.lax.Precision.HIGHEST
-"""Without it a GPU may multiply float32 matrices as TF32, with 10-bit mantissas."""
 
 Position = int | Int[Array, ""] | Int[np.ndarray | Array, "T"]
 """Of the first token given; or of each token, less its index, where some are left out."""
 
 
-class Attention(nnx.Module):
-    """One layer's attention. All arrays have the dtype of the precision's arithmetic.
-
-    Weights keep their stored dtype (bf16, f16 or f32) and are widened, exactly, and rounded if the
-    precision says so, where they are used: one matrix at a time exists in the wider dtype.
-    """
+class Attention(Arithmetic):
+    """One layer's attention."""
 
     def __init__(self, config: Config, weights: AttentionWeights, precision: Precision):
         """Put the weights on JAX's default device.
@@ -45,10 +37,7 @@ class Attention(nnx.Module):
             weights: As `qwenref.model.weights.read_attention` returns them.
             precision: What to compute in and what to round.
         """
-        self.config = config
-        self.dtype = precision.arithmetic
-        roundings = jax.device_put(precision.roundings()) if precision.formats else None
-        self.roundings = nnx.data(roundings)
+        super().__init__(config, precision)
         self.norm = nnx.Param(jax.device_put(weights.norm))
         self.q_proj = nnx.Param(jax.device_put(weights.q_proj))
         self.k_proj = nnx.Param(jax.device_put(weights.k_proj))
@@ -57,20 +46,22 @@ class Attention(nnx.Module):
         biases = weights.q_bias, weights.k_bias, weights.v_bias
         self.biases = nnx.data([nnx.Param(jax.device_put(b)) for b in biases if b is not None])
 
+    @property
+    def matrices(self) -> dict[str, tuple[nnx.Param, ...]]:
+        """As in `Arithmetic`."""
+        projections = self.q_proj, self.k_proj, self.v_proj
+        return {"qkv_matmul": projections, "attn_out": (self.o_proj,)}
+
     @jax.jit
     def attn_norm(self, residual: Float[Array, "T D"]) -> Float[Array, "T D"]:
         """RMSNorm: x / sqrt(mean(x**2) + eps) * w."""
-        mean_square = jnp.mean(jnp.square(residual), axis=-1, keepdims=True)
-        normed = residual * jax.lax.rsqrt(mean_square + self.config.rms_norm_eps)
-        normed = self._rounded("normed", normed)
-        return self._rounded("attn_norm", normed * self._widened(self.norm))
+        return self._normed(residual, self.norm, ("normed", "attn_norm"))
 
     @jax.jit
     def qkv_matmul(self, attn_norm: Float[Array, "T D"]) -> Float[Array, "T F"]:
         """The three projections before their biases: q, k, v side by side, not rounded yet."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
         x = self._rounded("qkv_operands", attn_norm)
-        parts = [self._projected(x, w, "qkv_operands") for w in projections]
+        parts = [self._projected(x, w, "qkv_operands") for w in self.matrices["qkv_matmul"]]
         return jnp.concatenate(parts, axis=-1)
 
     @jax.jit
@@ -145,18 +136,6 @@ class Attention(nnx.Module):
         x = self._rounded("out_operands", attention)
         return self._rounded("attn_out", self._projected(x, self.o_proj, "out_operands"))
 
-    def at(self, point: str, x: Array) -> Array:
-        """Round at a point that no stage method contains.
-
-        Those are "stored", for the stream that enters the layer, and "qkv_matmul", for what a dump
-        shows of that stage.
-        """
-        return x if self.roundings is None else self._compiled_rounding(x, point)
-
-    @partial(jax.jit, static_argnames="point")
-    def _compiled_rounding(self, x: Array, point: str) -> Array:
-        return self._rounded(point, x)
-
     def _heads(self, qkv: Float[Array, "T F"]) -> Float[Array, "T J H"]:
         """Return the N query heads, K key heads and K value heads of each token."""
         return qkv.reshape(len(qkv), -1, self.config.head_dim)
@@ -177,18 +156,3 @@ class Attention(nnx.Module):
         across = jnp.concatenate([-right, left], axis=-1) * jnp.concatenate([sin, sin], axis=-1)
         along = x * jnp.concatenate([cos, cos], axis=-1)
         return self._rounded("rotated", along) + self._rounded("rotated", across)
-
-    def _projected(
-        self, x: Float[Array, "T I"], weight: nnx.Param, operands: str
-    ) -> Float[Array, "T O"]:
-        matrix = self._rounded(operands, self._widened(weight))
-        return jnp.einsum("TI,OI->TO", x, matrix, precision=EXACT)
-
-    def _widened(self, weight: nnx.Param) -> Array:
-        return self._rounded("stored", weight[...].astype(self.dtype))
-
-    def _rounded(self, point: str, x: Array) -> Array:
-        if self.roundings is None:  # plain arithmetic pays nothing for it
-            return x
-        here = POINTS.index(point)
-        return rounded(x, Rounding(*(column[here] for column in self.roundings)))

@@ -1,4 +1,4 @@
-"""The few fields of config.json that attention depends on, and refusal of what would change it."""
+"""The fields of config.json that the stages depend on, and refusal of what would change them."""
 
 from pathlib import Path
 from reprlib import repr as short
@@ -21,17 +21,19 @@ _Vocabulary = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 
 
 class Config(msgspec.Struct, frozen=True):
-    """What layer attention of a Qwen2.5 checkpoint depends on.
+    """What the stages of a Qwen2.5 checkpoint depend on.
 
     Attributes:
         hidden_size: D.
         num_attention_heads: N, query heads.
         num_key_value_heads: K, key/value heads; N is a multiple of K.
         head_dim: H, even.
+        intermediate_size: I, width of the MLP.
         rms_norm_eps: Added to the mean square in RMSNorm.
         rope_theta: Base of the rotary frequencies theta**(-2i/H).
         vocab_size: V, rows of the embedding.
         num_hidden_layers: Layers in the checkpoint.
+        tie_word_embeddings: Whether lm_head multiplies with the embedding table.
         windows: For each layer its sliding window in tokens, or None.
     """
 
@@ -39,17 +41,21 @@ class Config(msgspec.Struct, frozen=True):
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
+    intermediate_size: int
     rms_norm_eps: float
     rope_theta: float
     vocab_size: int
     num_hidden_layers: int
+    tie_word_embeddings: bool
     windows: tuple[int | None, ...]
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The size of each axis letter that does not depend on the prompt: D, N, K, H, E, F."""
+        """The size of each axis letter that does not depend on the prompt."""
         N, K, H = self.num_attention_heads, self.num_key_value_heads, self.head_dim
-        return {"D": self.hidden_size, "N": N, "K": K, "H": H, "E": N * H, "F": (N + 2 * K) * H}
+        of_attention = {"D": self.hidden_size, "N": N, "K": K, "H": H}
+        of_attention |= {"E": N * H, "F": (N + 2 * K) * H}
+        return of_attention | {"I": self.intermediate_size, "V": self.vocab_size}
 
     def refuse_window(self, layer: int, tokens: int) -> None:
         """Raise `QwenrefError` if a sliding window would hide keys of a prompt in this layer."""
@@ -76,9 +82,12 @@ class _File(msgspec.Struct):
     hidden_size: _Width
     num_attention_heads: _Heads
     num_key_value_heads: _Heads
+    intermediate_size: _Width
     rms_norm_eps: Annotated[float, msgspec.Meta(gt=0, lt=1)]
     vocab_size: _Vocabulary
     num_hidden_layers: _Layers
+    hidden_act: Any = "silu"
+    tie_word_embeddings: bool = False
     head_dim: _Heads | None = None
     rope_theta: float | None = None
     rope_parameters: dict[str, Any] | None = None
@@ -93,13 +102,14 @@ class _File(msgspec.Struct):
 def read_config(path: Path) -> Config:
     """Read and check a config.json.
 
-    Absent `head_dim` means D/N; absent `use_sliding_window` means false; a null `rope_scaling` and
+    Absent `head_dim` means D/N; absent `use_sliding_window` and `tie_word_embeddings` mean false,
+    absent `hidden_act` silu, as in transformers; a null `rope_scaling` and
     the rope type "default" mean plain RoPE. Every other field is required or irrelevant here.
 
     Raises:
         QwenrefError: The file is missing, no JSON, not a Qwen2 config, inconsistent, or asks for
             something that would change the numbers: RoPE scaling, quantised weights, two-way
-            attention.
+            attention, another activation.
     """
     content = read_bounded(path, CONFIG_LIMIT)
     kind = parse_json(path, content, _Kind)
@@ -135,6 +145,8 @@ def _checked(raw: _File) -> Config:
         raise ValueError(
             f"hidden_size {D} is not a multiple of num_attention_heads {N}, and head_dim is absent"
         )
+    if raw.hidden_act != "silu":
+        raise ValueError(f"hidden_act is {short(raw.hidden_act)}; only 'silu' is supported")
     H = raw.head_dim or D // N
     if H % 2:
         raise ValueError(f"head size {H} is odd; RoPE rotates pairs")
@@ -143,10 +155,12 @@ def _checked(raw: _File) -> Config:
         num_attention_heads=N,
         num_key_value_heads=K,
         head_dim=H,
+        intermediate_size=raw.intermediate_size,
         rms_norm_eps=raw.rms_norm_eps,
         rope_theta=_plain_rope_theta(raw),
         vocab_size=raw.vocab_size,
         num_hidden_layers=raw.num_hidden_layers,
+        tie_word_embeddings=raw.tie_word_embeddings,
         windows=_windows(raw),
     )
 

@@ -1,4 +1,4 @@
-"""Which values an engine rounds, and to what: the named rounding points of attention.
+"""Which values an engine rounds, and to what: the named rounding points of a model.
 
 Arithmetic is float32 (float64 for the truth) throughout, and a rounded value stays in that dtype:
 so all precisions that round share their compiled programs, and no compiler can elide a pair of
@@ -57,10 +57,30 @@ RESULTS = (
     "attn_softmax",
     "attention",
     "attn_out",
+    "post_attn_residual",
+    "ffn_normed",  # as normed
+    "ffn_norm",
+    "ffn_gate",
+    "ffn_up",
+    "ffn_silu",
+    "ffn_swigl",
+    "ffn_out",
+    "post_ffn_residual",
+    "final_normed",  # as normed
+    "final_norm",
+    "lm_head",
 )
 """Where transformers' eager Qwen2 rounds, in the order of computation (modeling_qwen2.py, 5.23)."""
 
-OPERANDS = ("qkv_operands", "scores_operands", "attention_operands", "out_operands")
+OPERANDS = (
+    "qkv_operands",
+    "scores_operands",
+    "attention_operands",
+    "out_operands",
+    "ffn_operands",  # of gate and up
+    "down_operands",
+    "head_operands",
+)
 """Both operands of a product: what llama.cpp rounds to the type of its matrices and KV cache, and a
 GPU to TF32, while results stay float32.
 """

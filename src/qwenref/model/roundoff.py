@@ -14,21 +14,26 @@ other in float32, are rounded down more often than up. They are executed in floa
 forwards and backwards, and the largest of the three errors counts.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float
 
-from qwenref.model.attention import EXACT, Attention
+from qwenref.model.arithmetic import EXACT, Arithmetic
 from qwenref.stages import Stage
 
 UNIT = 2.0**-24
 """Relative error of one float32 rounding, at most; rms it is 1/sqrt(3) of that, at most."""
 
 ONE = UNIT / 3**0.5
+
+EXPONENTIAL = 16
+"""Roundings that an exponential counts for: fast ones are off by up to two units in the last place
+(1.46 and a rounding, says the source of llama.cpp's ggml_v_expf), four times a rounding's half.
+"""
 
 Values = np.ndarray
 
@@ -48,22 +53,23 @@ class StageErrors(NamedTuple):
 
 
 class Roundoff:
-    """Draws the errors of one layer's stages, from exact inputs and values, float64.
+    """Draws the errors of some stages, from exact inputs and values, float64.
 
     Attributes:
         unseen_keys: Where tokens were left out of a prompt, how many times more keys each of the
             others sees in it, [T].
     """
 
-    def __init__(self, layer: Attention, positions: Values, draws: int):
+    def __init__(self, modules: Sequence[Arithmetic], positions: Values, draws: int):
         """Say whose errors to draw.
 
         Args:
-            layer: In float64.
+            modules: Those that have the stages' matrices, in float64.
             positions: Of the tokens, [T].
             draws: How many, R.
         """
-        self.layer = layer
+        self.config = modules[0].config
+        self._matrices = {name: of for module in modules for name, of in module.matrices.items()}
         self.positions = positions
         self.draws = draws
         self.unseen_keys = (positions + 1) / np.arange(1, len(positions) + 1)
@@ -73,22 +79,16 @@ class Roundoff:
         return getattr(self, stage.name)(generator(stage.name), *inputs, value)
 
     def attn_norm(self, rng: np.random.Generator, x: Values, normed: Values) -> StageErrors:
-        """The sum of squares is common to a token; six roundings come after it or are its own."""
-        D, eps = x.shape[-1], self.layer.config.rms_norm_eps
-        mean_square = np.mean(np.square(x), axis=-1) + eps
-        factor = self._sum_errors(rng, np.square(x.astype(np.float32))) / D / (2 * mean_square)
-        errors = normed * (factor[..., None] + ONE * 6**0.5 * self._normal(rng, normed))
-        return StageErrors(errors, inner=np.abs(normed), weights=np.abs(normed))
+        """As any norm."""
+        return self._norm(rng, x, normed)
 
     def qkv_matmul(self, rng: np.random.Generator, x: Values, products: Values) -> StageErrors:
         """One running sum over the D products of each channel."""
-        return self._projection(
-            rng, x, products, self.layer.q_proj, self.layer.k_proj, self.layer.v_proj
-        )
+        return self._projection(rng, x, products, "qkv_matmul")
 
     def qkv_bias(self, rng: np.random.Generator, products: Values, biased: Values) -> StageErrors:
         """One more addition; or the sum over D products began with the bias, as in many kernels."""
-        D, bias = self.layer.config.hidden_size, np.abs(biased - products)
+        D, bias = self.config.hidden_size, np.abs(biased - products)
         roundings = np.sqrt(np.square(biased) + D * np.square(bias))
         return StageErrors(ONE * roundings * self._normal(rng, biased), inner=0, weights=bias)
 
@@ -134,7 +134,7 @@ class Roundoff:
     ) -> StageErrors:
         """A running sum over the keys that a query sees; a division may come after it."""
         N, T, S = softmax.shape
-        K, H = self.layer.config.num_key_value_heads, self.layer.config.head_dim
+        K, H = self.config.num_key_value_heads, self.config.head_dim
         v = qkv.reshape(S, -1, H)[:, -K:]
         grouped = np.square(softmax).reshape(K, N // K, T, S)
         squares = np.einsum("KGTS,SKH->TKGH", grouped, np.square(v)).reshape(T, -1)
@@ -145,13 +145,76 @@ class Roundoff:
 
     def attn_out(self, rng: np.random.Generator, mixed: Values, products: Values) -> StageErrors:
         """One running sum over the E products of each channel."""
-        return self._projection(rng, mixed, products, self.layer.o_proj)
+        return self._projection(rng, mixed, products, "attn_out")
+
+    def post_attn_residual(
+        self, rng: np.random.Generator, _: Values, __: Values, total: Values
+    ) -> StageErrors:
+        """One addition."""
+        return self._relative(rng, total, roundings=1)
+
+    def ffn_norm(self, rng: np.random.Generator, x: Values, normed: Values) -> StageErrors:
+        """As any norm."""
+        return self._norm(rng, x, normed)
+
+    def ffn_gate(self, rng: np.random.Generator, x: Values, products: Values) -> StageErrors:
+        """One running sum over the D products of each channel."""
+        return self._projection(rng, x, products, "ffn_gate")
+
+    def ffn_up(self, rng: np.random.Generator, x: Values, products: Values) -> StageErrors:
+        """One running sum over the D products of each channel."""
+        return self._projection(rng, x, products, "ffn_up")
+
+    def ffn_silu(self, rng: np.random.Generator, x: Values, activated: Values) -> StageErrors:
+        """An exponential (its argument is exact), a sum, a division, a product.
+
+        Engines that round results may round the sigmoid too.
+        """
+        errors = self._relative(rng, activated, roundings=EXPONENTIAL + 3)
+        return errors._replace(inner=np.abs(activated))
+
+    def ffn_swigl(
+        self, rng: np.random.Generator, _: Values, __: Values, product: Values
+    ) -> StageErrors:
+        """One product."""
+        return self._relative(rng, product, roundings=1)
+
+    def ffn_out(self, rng: np.random.Generator, x: Values, products: Values) -> StageErrors:
+        """One running sum over the I products of each channel."""
+        return self._projection(rng, x, products, "ffn_out")
+
+    def post_ffn_residual(
+        self, rng: np.random.Generator, _: Values, __: Values, total: Values
+    ) -> StageErrors:
+        """One addition."""
+        return self._relative(rng, total, roundings=1)
+
+    def final_norm(self, rng: np.random.Generator, x: Values, normed: Values) -> StageErrors:
+        """As any norm."""
+        return self._norm(rng, x, normed)
+
+    def lm_head(self, rng: np.random.Generator, x: Values, products: Values) -> StageErrors:
+        """One running sum over the D products of each logit."""
+        return self._projection(rng, x, products, "lm_head")
+
+    def _norm(self, rng: np.random.Generator, x: Values, normed: Values) -> StageErrors:
+        """The sum of squares is common to a token; six roundings come after it or are its own."""
+        D, eps = x.shape[-1], self.config.rms_norm_eps
+        mean_square = np.mean(np.square(x), axis=-1) + eps
+        factor = self._sum_errors(rng, np.square(x.astype(np.float32))) / D / (2 * mean_square)
+        errors = normed * (factor[..., None] + ONE * 6**0.5 * self._normal(rng, normed))
+        return StageErrors(errors, inner=np.abs(normed), weights=np.abs(normed))
+
+    def _relative(self, rng: np.random.Generator, value: Values, roundings: int) -> StageErrors:
+        """So many roundings of the value itself."""
+        return StageErrors(ONE * roundings**0.5 * value * self._normal(rng, value), 0, 0)
 
     def _projection(
-        self, rng: np.random.Generator, x: Values, products: Values, *weights: nnx.Param
+        self, rng: np.random.Generator, x: Values, products: Values, stage: str
     ) -> StageErrors:
         narrow = x.astype(np.float32)
-        squares = np.concatenate([_squares(narrow, weight[...]) for weight in weights], axis=-1)
+        parts = [_squares(narrow, matrix[...]) for matrix in self._matrices[stage]]
+        squares = np.concatenate(parts, axis=-1)
         errors = self._running_sum(rng, x.shape[-1], squares, products)
         return StageErrors(errors, inner=0, weights=np.sqrt(squares))
 
@@ -207,7 +270,7 @@ class Roundoff:
         as it can be. Some engines make the frequencies as exponentials of a product, or (llama.cpp)
         one after the other; these are executed, and the largest error counts.
         """
-        positions, theta = self.positions[:, None], self.layer.config.rope_theta
+        positions, theta = self.positions[:, None], self.config.rope_theta
         exponents = np.arange(0, H, 2) / H
         angles = positions * theta**-exponents
         signs = self._signs(np.random.default_rng(0), exponents)

@@ -1,6 +1,7 @@
-"""Which tensors one layer's attention needs, and reading them once: values, check, fingerprint."""
+"""Which tensors the stages need, and reading them once: values, check, fingerprint."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from qwenref.model.config import Config
 from qwenref.model.tokens import check_tokens
 
 EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 BIASES = ("q_bias", "k_bias", "v_bias")
 
 
@@ -29,6 +31,15 @@ class AttentionWeights(NamedTuple):
     q_bias: np.ndarray | None
     k_bias: np.ndarray | None
     v_bias: np.ndarray | None
+
+
+class FeedForwardWeights(NamedTuple):
+    """The tensors of one layer's MLP, in their stored dtypes; a projection is [out, in]."""
+
+    norm: np.ndarray
+    gate_proj: np.ndarray
+    up_proj: np.ndarray
+    down_proj: np.ndarray
 
 
 class Tensor(NamedTuple):
@@ -55,20 +66,40 @@ def attention_tensors(config: Config, layer: int) -> dict[str, Tensor]:
     }
 
 
-def check_tensors(checkpoint: Checkpoint, layer: int, *, embedding: bool) -> None:
-    """Compare names, shapes and dtypes with what the configuration says, before anything is read.
+def feed_forward_tensors(config: Config, layer: int) -> dict[str, Tensor]:
+    """Return the tensor behind each field of `FeedForwardWeights`."""
+    D, inner = config.sizes["D"], config.sizes["I"]
+    prefix = f"model.layers.{layer}"
+    return {
+        "norm": Tensor(f"{prefix}.post_attention_layernorm.weight", (D,)),
+        "gate_proj": Tensor(f"{prefix}.mlp.gate_proj.weight", (inner, D)),
+        "up_proj": Tensor(f"{prefix}.mlp.up_proj.weight", (inner, D)),
+        "down_proj": Tensor(f"{prefix}.mlp.down_proj.weight", (D, inner)),
+    }
 
-    Args:
-        checkpoint: Where the tensors are.
-        layer: Whose attention tensors to check.
-        embedding: Whether to check the embedding table too.
+
+def embedding_table(config: Config) -> Tensor:
+    """Return the tensor whose rows are the tokens'."""
+    return Tensor(EMBEDDING, (config.vocab_size, config.hidden_size))
+
+
+def final_norm(config: Config) -> Tensor:
+    """Return the weight of the norm after the last layer."""
+    return Tensor("model.norm.weight", (config.hidden_size,))
+
+
+def head_matrix(config: Config) -> Tensor:
+    """Return the matrix of lm_head: with tied embeddings their table, as in transformers."""
+    tied = config.tie_word_embeddings
+    return embedding_table(config)._replace(name=EMBEDDING if tied else HEAD)
+
+
+def check_tensors(checkpoint: Checkpoint, tensors: Iterable[Tensor]) -> None:
+    """Compare names, shapes and dtypes with what the configuration says, before anything is read.
 
     Raises:
         QwenrefError: Tensors are missing, or have another shape or dtype; all of them are named.
     """
-    tensors = list(_present(checkpoint, layer).values())
-    if embedding:
-        tensors.append(_embedding_table(checkpoint.config))
     _refuse(checkpoint, checkpoint.problems(dict(tensors)))
 
 
@@ -79,11 +110,29 @@ def read_attention(checkpoint: Checkpoint, layer: int) -> tuple[AttentionWeights
         QwenrefError: As `check_tensors`; or tensors hold NaN or infinities: all of them are named,
             with the count.
     """
-    check_tensors(checkpoint, layer, embedding=False)
+    values, fingerprint = _read(checkpoint, present_attention_tensors(checkpoint, layer))
+    absent: dict[str, Any] = dict.fromkeys(BIASES)
+    return AttentionWeights(**absent | values), fingerprint
+
+
+def read_feed_forward(checkpoint: Checkpoint, layer: int) -> tuple[FeedForwardWeights, str]:
+    """Read one layer's MLP weights, and their fingerprint; raises as `read_attention`."""
+    values, fingerprint = _read(checkpoint, feed_forward_tensors(checkpoint.config, layer))
+    return FeedForwardWeights(**values), fingerprint
+
+
+def read_final_norm(checkpoint: Checkpoint) -> tuple[np.ndarray, str]:
+    """Read the weight of the norm after the last layer, [D]; raises as `read_attention`."""
+    values, fingerprint = _read(checkpoint, {"norm": final_norm(checkpoint.config)})
+    return values["norm"], fingerprint
+
+
+def _read(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
+    check_tensors(checkpoint, tensors.values())
     fingerprint = Fingerprint()
     problems = []
-    values: dict[str, Any] = dict.fromkeys(AttentionWeights._fields)
-    for field, (name, shape) in _present(checkpoint, layer).items():
+    values = {}
+    for field, (name, shape) in tensors.items():
         values[field] = array = _aligned_empty(shape, checkpoint.dtype(name))
         fingerprint.start(name, shape)
         bad = 0
@@ -93,7 +142,7 @@ def read_attention(checkpoint: Checkpoint, layer: int) -> tuple[AttentionWeights
         if bad:
             problems.append(f"{name} holds {bad} NaN or infinite values")
     _refuse(checkpoint, problems)
-    return AttentionWeights(**values), str(fingerprint)
+    return values, str(fingerprint)
 
 
 def read_embedding(checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[np.ndarray, str]:
@@ -103,8 +152,8 @@ def read_embedding(checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[np.nd
         QwenrefError: The table is missing or of another shape or dtype than expected, there are no
             tokens or one is outside of it, or its rows hold NaN or infinities.
     """
-    name, shape = table = _embedding_table(checkpoint.config)
-    _refuse(checkpoint, checkpoint.problems(dict([table])))
+    name, shape = table = embedding_table(checkpoint.config)
+    check_tensors(checkpoint, [table])
     check_tokens(tokens, shape[0])
     rows = np.empty((len(tokens), shape[1]), checkpoint.dtype(name))
     fingerprint = Fingerprint()
@@ -116,6 +165,56 @@ def read_embedding(checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[np.nd
     if bad:
         _refuse(checkpoint, [f"{name} holds {bad} NaN or infinite values in the prompt's rows"])
     return rows, str(fingerprint)
+
+
+class HeadMatrix:
+    """The matrix of lm_head, read once, by slices of its rows, and never held whole.
+
+    Attributes:
+        sample: Some of the rows read so far, evenly spaced.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, sampled: int):
+        """Read nothing yet.
+
+        Args:
+            checkpoint: Where it is.
+            sampled: About how many rows to keep.
+
+        Raises:
+            QwenrefError: As `check_tensors`.
+        """
+        self._checkpoint = checkpoint
+        self._tensor = head_matrix(checkpoint.config)
+        check_tensors(checkpoint, [self._tensor])
+        self._fingerprint = Fingerprint()
+        self._fingerprint.start(*self._tensor)
+        self._stride = max(1, self._tensor.shape[0] // sampled)
+        self.sample: list[np.ndarray] = []
+
+    def slices(self, most: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield at most so many rows at a time, [O, D], with the number of the first of them.
+
+        Raises:
+            QwenrefError: They hold NaN or infinities.
+        """
+        name, (V, D) = self._tensor
+        size = math.ceil(V / math.ceil(V / most))
+        for start in range(0, V, size):
+            part = _aligned_empty((min(size, V - start), D), self._checkpoint.dtype(name))
+            bad = 0
+            for row, piece in self._checkpoint.rows(name, start, start + len(part)):
+                part[row - start : row - start + len(piece)] = piece
+                bad += self._fingerprint.add(piece)
+            if bad:
+                _refuse(self._checkpoint, [f"{name} holds {bad} NaN or infinite values"])
+            self.sample.append(part[-start % self._stride :: self._stride].copy())
+            yield start, part
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the rows read so far."""
+        return str(self._fingerprint)
 
 
 class Fingerprint:
@@ -142,16 +241,12 @@ class Fingerprint:
         return f"blake3:{self._hash.hexdigest()}"
 
 
-def _present(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
+def present_attention_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:
     """Return the layer's tensors, without the biases if the checkpoint has none of the three."""
     tensors = attention_tensors(checkpoint.config, layer)
     if any(checkpoint.holds(tensors[bias].name) for bias in BIASES):
         return tensors
     return {field: tensor for field, tensor in tensors.items() if field not in BIASES}
-
-
-def _embedding_table(config: Config) -> Tensor:
-    return Tensor(EMBEDDING, (config.vocab_size, config.hidden_size))
 
 
 def _refuse(checkpoint: Checkpoint, problems: list[str]) -> None:

@@ -91,7 +91,10 @@ def _config_of(used: Any, layer: int) -> Config:
     """Return the config that a manifest states."""
     fields = msgspec.structs.asdict(used)
     return Config(
-        **fields, vocab_size=1 << 24, num_hidden_layers=layer + 1, windows=(None,) * (layer + 1)
+        **fields,
+        num_hidden_layers=layer + 1,
+        tie_word_embeddings=False,
+        windows=(None,) * (layer + 1),
     )
 
 

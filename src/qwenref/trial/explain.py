@@ -11,7 +11,14 @@ from qwenref.dumps.naming import names_from
 from qwenref.dumps.reading import Dump, Source, read_dump
 from qwenref.errors import QwenrefError
 from qwenref.model.checkpoint import Checkpoint
-from qwenref.model.weights import AttentionWeights, check_tensors, read_attention, read_embedding
+from qwenref.model.weights import (
+    AttentionWeights,
+    check_tensors,
+    embedding_table,
+    present_attention_tensors,
+    read_attention,
+    read_embedding,
+)
 from qwenref.oracle import computing, whole_numbers
 from qwenref.stages import RESIDUAL
 from qwenref.trial.blame import How, Trial
@@ -80,7 +87,9 @@ def explain(
     with computing("float64", device), np.errstate(over="ignore", invalid="ignore"):
         weights = None
         if checkpoint is not None:
-            check_tensors(checkpoint, layer, embedding=layer == 0)
+            tensors = [*present_attention_tensors(checkpoint, layer).values()]
+            table = [embedding_table(checkpoint.config)] if layer == 0 else []
+            check_tensors(checkpoint, tensors + table)
             weights, _ = read_attention(checkpoint, layer)
         how = How(exact_weights, quick, progress)
         found = [_explained(case, weights, how) for case in cases]
@@ -88,7 +97,7 @@ def explain(
 
 
 def _explained(case: Case, weights: AttentionWeights | None, how: How) -> Explanation:
-    sizes = {letter: case.config.sizes[letter] for letter in "NKHD"}
+    sizes = {letter: case.config.sizes[letter] for letter in "NKHDIV"}
     own = of_layer(case.dump, case.layer)
     if not own.stages:
         raise QwenrefError(f"{case.dump.name} holds no stage of attention of layer {case.layer}")

@@ -102,7 +102,7 @@ class Replay:
         self._dtypes = {np.dtype(x.dtype).name for x in used}
         self.positions = sampled(T)
         self.draws = max(-(-LEAST_ROWS // len(self.positions)), LEAST_DRAWS)
-        self.roundoff = Roundoff(self._layer(EXACT), self.positions, self.draws)
+        self.roundoff = Roundoff([self._layer(EXACT)], self.positions, self.draws)
 
     def without_dumps(self) -> "Replay":
         """Return the same layer, computed from what enters it alone."""
