@@ -90,10 +90,10 @@ class Shape:
         given = ["--model", str(self.model), "--tokens", self.ids(T), *output, *options]
         return Contender([*QWENREF, "capture", *given], env=env or {})
 
-    def hf(self, T: int, dtype: str, model: Path | None = None) -> Contender:
+    def hf(self, T: int, dtype: str, *options: str, model: Path | None = None) -> Contender:
         """Return that of transformers."""
         given = ["--model", str(model or self.model), "--tokens", self.ids(T), "--dtype", dtype]
-        return Contender([*HF, *given, "--force", "-o", str(self.scratch / "theirs")])
+        return Contender([*HF, *given, "--force", "-o", str(self.scratch / "theirs"), *options])
 
     def floor(self, T: int, *, products: bool = False) -> Contender:
         """Return the least that it could take."""
@@ -111,7 +111,7 @@ def captures(scratch: Path, full: bool) -> Iterator[Work]:
         "capture, compiling": shape.capture(T, env=NO_CACHE),
         "import jax, flax.nnx": python("import jax, flax.nnx"),
         "imports, one compilation, weights read": shape.floor(T),
-        "transformers, one layer": shape.hf(T, "float16", shape.one_layer()),
+        "transformers, one layer": shape.hf(T, "float16", model=shape.one_layer()),
     }
     if full:
         contenders["transformers, all layers"] = shape.hf(T, "float16")
@@ -141,13 +141,35 @@ def long_prompts(scratch: Path, full: bool) -> Iterator[Work]:
     }
     if full:
         contenders["transformers, all layers"] = small.hf(T, "float32")
-    contenders["transformers, one layer"] = small.hf(T, "float32", small.one_layer())
+    contenders["transformers, one layer"] = small.hf(T, "float32", model=small.one_layer())
     yield Work(f"0.5b shape, nine stages of {T} tokens, float32", contenders)
     if full:
         large, T = Shape(scratch, "7b"), 8192
         alone = large.capture(T, "--no-noise", "--stages", "attn_out")
         whole = large.capture(T, "--no-noise")
         yield Work(f"7b shape, {T} tokens", {"attn_out alone": alone, "nine stages": whole}, 1)
+
+
+def whole_models(scratch: Path, full: bool) -> Iterator[Work]:
+    """Every stage of every layer."""
+    small, T, everything = Shape(scratch, "0.5b"), 7, ("--layers", "all", "--stages", "all")
+    contenders = {
+        "capture --no-noise": small.capture(T, "--no-noise", *everything),
+        "capture --no-noise, compiling": small.capture(T, "--no-noise", *everything, env=NO_CACHE),
+        "capture": small.capture(T, *everything),
+        "transformers": small.hf(T, "float32", *everything),
+    }
+    yield Work(f"0.5b shape, all stages of {T} tokens, float32", contenders)
+    if full:
+        large = Shape(scratch, "7b")
+        files = tuple(sorted(large.model.glob("*.safetensors")))
+        ours = large.capture(T, "--no-noise", *everything, env=NO_CACHE)
+        ours = replace(ours, uncached=files)
+        contenders = {
+            "cat": Contender(["cat", *map(str, files)], uncached=files),
+            "capture --no-noise, compiling": ours,
+        }
+        yield Work(f"7b shape, all stages of {T} tokens, float32, files not cached", contenders)
 
 
 def diffs(scratch: Path, full: bool) -> Iterator[Work]:
@@ -231,6 +253,7 @@ def spoil(dump: Path, wrong: Path, dtype: str) -> None:
 GROUPS: dict[str, Callable[[Path, bool], Iterator[Work]]] = {
     "capture": captures,
     "long": long_prompts,
+    "model": whole_models,
     "diff": diffs,
     "explain": explanations,
 }

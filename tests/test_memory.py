@@ -15,7 +15,7 @@ from measured import measure
 
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.random_checkpoint import FAMILY, Shape, write
-from qwenref.model.weights import attention_tensors
+from qwenref.model.weights import attention_tensors, feed_forward_tensors
 from qwenref.stages import ATTENTION
 
 BASELINE = 350e6
@@ -35,15 +35,15 @@ LONG = replace(FAMILY["0.5b"], num_hidden_layers=1, vocab_size=320)
     ("shape", "stored", "computed", "T", "stages"),
     [
         # the embedding table alone is 272 MB: reading it whole would show
-        (replace(FAMILY["0.5b"], num_hidden_layers=1), "bfloat16", "float32", 7, "all"),
+        (replace(FAMILY["0.5b"], num_hidden_layers=1), "bfloat16", "float32", 7, "attention"),
         # 470 MB of scores and probabilities
-        (LONG, "bfloat16", "float64", 2048, "all"),
+        (LONG, "bfloat16", "float64", 2048, "attention"),
         # small outputs: holding [T, F] or [T, E] for all tokens would show
         (LONG, "bfloat16", "float32", 6000, "attn_out"),
         (LONG, "bfloat16", "float64", 6000, "k_post_rope"),
         # 168 MB of float32 attention weights: holding them twice would show
-        (WIDE, "float32", "float32", 7, "all"),
-        (WIDE, "bfloat16", "float64", 7, "all"),
+        (WIDE, "float32", "float32", 7, "attention"),
+        (WIDE, "bfloat16", "float64", 7, "attention"),
     ],
     ids=[
         "wide embedding",
@@ -73,13 +73,30 @@ def test_only_the_layers_weights_and_what_a_piece_needs_are_held(
     assert peak_of(*options) <= promised + projections + NOISE
 
 
+def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
+    """A layer has 60 MB of weights: one, the next one, and a matrix in float32 are held."""
+    peaks = {}
+    for layers in (3, 9):
+        model = tmp_path / f"{layers}"
+        write(model, Shape(896, 14, 2, 9728, layers, 320))
+        everything = ["--layers", "all", "--stages", "all", "--tokens", "5,6,7", "--no-noise"]
+        output = ["-o", str(tmp_path / "dump"), "--force"]
+        peaks[layers] = peak_of("capture", "-q", "--model", str(model), *everything, *output)
+    config = Checkpoint(tmp_path / "9").config
+    tensors = {**attention_tensors(config, 0), **feed_forward_tensors(config, 0)}
+    layer = sum(2 * math.prod(tensor.shape) for tensor in tensors.values())
+    widened = 4 * config.intermediate_size * config.hidden_size
+    assert peaks[9] - peaks[3] <= SPREAD
+    assert peaks[9] <= BASELINE + 2 * layer + widened
+
+
 def peak_of(*arguments: str) -> int:
     """Return the peak of the command where nothing is compiled yet."""
     command = [sys.executable, "-m", "qwenref", *arguments]
     return measure(command, env={"QWENREF_CACHE": "off"}).peak
 
 
-@pytest.mark.parametrize("stages", ["all", "attn_out"])
+@pytest.mark.parametrize("stages", ["attention", "attn_out"])
 def test_memory_grows_with_tokens_and_files_with_their_square(stages: str, tmp_path: Path) -> None:
     model, ids = tmp_path / "model", tmp_path / "ids"
     write(model, LONG)
@@ -94,7 +111,7 @@ def test_memory_grows_with_tokens_and_files_with_their_square(stages: str, tmp_p
         peaks[T] = peak_of("capture", "-q", "--model", str(model), "--tokens", f"@{ids}", *options)
         assert peaks[T] <= BASELINE + weights + T * a_token
         files = {file.stem: file.stat().st_size for file in (tmp_path / f"{T}").rglob("*.bin")}
-        wanted = [stage for stage in ATTENTION if stages in ("all", stage.name)]
+        wanted = [stage for stage in ATTENTION if stages in ("attention", stage.name)]
         sizes = config.sizes | {"T": T, "S": T}
         assert files == {
             stage.name: 12 + 4 * math.prod(sizes[axis] for axis in stage.axes) for stage in wanted
