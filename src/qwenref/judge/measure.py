@@ -22,6 +22,7 @@ from qwenref.judge.floors import (
     generic_floors,
     widest,
 )
+from qwenref.judge.logits import logits_of
 from qwenref.judge.measurement import LETTERS, Measurement, Pair, StageMeasured, pairs_of
 from qwenref.judge.scope import PADDING, holdings, keys_in, sizes_in, tokens_in
 from qwenref.judge.seen import Piece
@@ -283,6 +284,10 @@ class _Run:
             rms = math.sqrt(sums.scale.sum(axis=(1, 2)).min() / sums.cells.sum())
             rms /= max(1.0, way.factor)  # else it is that of scores before 1/sqrt(H)
             self._scores_rms[layer] = min(rms, self._scores_rms.get(layer) or math.inf)
+        logits = None
+        if stage.name == "lm_head":
+            (of_a, *_), (of_b, *_) = views
+            logits = logits_of(of_a[:, 0], of_b[:, 0])
         unscaled = None
         if way.factor != 1:
             unscaled = pair.b if way.factor < 1 else pair.a
@@ -295,6 +300,7 @@ class _Run:
             errors=errors_of(stage, sums, sizes),
             element_at=worst_element_of(stage, sums, sizes),
             compared=compared,
+            logits=logits,
         )
 
 

@@ -87,6 +87,27 @@ class Compared(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     top_diffs: list[TopDifference]
 
 
+class Logits(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What lm_head of two dumps says of the next token.
+
+    Attributes:
+        tokens: Of how many tokens logits were compared: those that are finite in both.
+        same: For how many of them both prefer the same next token.
+        last: Which one each prefers after the last of them.
+        top: How many of the likeliest were looked at.
+        overlap: How many of these both have; at the token where that is least.
+        divergence: Kullback-Leibler divergence of the softmaxes, in nats, in the direction and at
+            the token where it is largest.
+    """
+
+    tokens: int
+    same: int
+    last: tuple[int, int]
+    top: int
+    overlap: int
+    divergence: float
+
+
 class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One stage of two dumps.
 
@@ -104,6 +125,7 @@ class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         errors: Of those.
         element_at: Token and head of the worst element; None if the shape is not known.
         compared: The rest.
+        logits: Of lm_head, what it says of the next token.
     """
 
     a: _Dump
@@ -118,6 +140,7 @@ class Pair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     errors: Errors | None = None
     element_at: tuple[int, int] | None = None
     compared: Compared | None = None
+    logits: Logits | None = None
 
 
 class StageMeasured(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -147,7 +170,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         schema: Names this format.
         paths: Of the dumps.
         made_by: What their manifests say of them; None without one.
-        sizes: N, K, H, D, T, as far as known.
+        sizes: N, K, H, D, I, V, T, as far as known.
         single: Whether single files were compared, not directories.
         strict_layout: Whether other orders of axes, and conventions, are differences.
         incomparable: Why the dumps are of different things, else None.

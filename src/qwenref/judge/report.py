@@ -2,6 +2,7 @@
 
 import re
 import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from qwenref.errors import printable
@@ -15,6 +16,14 @@ WIDTH = 100
 _COUNT = re.compile(r": [0-9]+ stages?( \(generic floor\))?")
 """What a line that is too long can do without, since the table says it."""
 
+MOST_LAYERS = 4
+"""Of more, a map is shown, and the stages of one of them."""
+
+MOST_PLACES = 30
+
+TICK = 10
+
+_SIGNS = {"agree": ".", "differ": "D", "unmeasured": "?", "blind": "?"}
 _STYLES = {"agree": "32", "differ": "31", "unmeasured": "33", "blind": "33"}
 _COLUMNS = ("stage", "status", "rel L2", "floor", "ratio", "worst slice")
 _GENERIC_FROM = ("attn_scores", *AFTER_SOFTMAX)
@@ -47,14 +56,19 @@ def _head(result: Result) -> Iterator[str]:
 
 
 def _table(result: Result, color: bool) -> Iterator[str]:
-    stages = [stage for stage in result.stages if stage.required or stage.dim_product is not None]
-    layers = {stage.layer for stage in stages}
+    measured = [s for s in result.stages if s.required or s.dim_product is not None]
+    layers = sorted({stage.layer for stage in measured if stage.layer is not None})
+    stages = measured
+    if len(layers) > MOST_LAYERS:
+        yield from _map(measured, layers)
+        stages = _of_one_layer(result, measured)
+    several = len({stage.layer for stage in stages}) > 1 or len(layers) > 1
     rows = [_row(stage) for stage in stages]
     widths = [max(map(len, column)) for column in zip(_COLUMNS, *rows, strict=True)]
     yield _line(_COLUMNS, widths)
     shown: object = ()
     for stage, row in zip(stages, rows, strict=True):
-        if len(layers) > 1 and stage.layer != shown:
+        if several and stage.layer != shown:
             shown = stage.layer
             yield "whole model" if shown is None else f"layer {shown}"
         line = _line(row, widths)
@@ -63,9 +77,40 @@ def _table(result: Result, color: bool) -> Iterator[str]:
             line = line.replace(row[1], painted, 1)
         yield line
         yield from (f"    {line}" for note in _remarks(stage) for line in _wrapped(note))
-    alone = [stage for stage in result.stages if stage not in stages]
+    alone = [stage for stage in result.stages if stage not in measured]
     if alone:
-        yield from _wrapped(f"not in all of them: {', '.join(_place(s) for s in alone)}")
+        yield from _wrapped(f"not in all of them: {', '.join(_places(alone))}")
+
+
+def _map(stages: Sequence[StageResult], layers: Sequence[int]) -> Iterator[str]:
+    """Yield a line for each stage, with a sign for each layer."""
+    of = {(stage.stage, stage.layer): _SIGNS[stage.status] for stage in stages}
+    names = dict.fromkeys(stage.stage for stage in stages if stage.layer is not None)
+    width = max(map(len, names))
+    ticks = (f"{layer:<{TICK}}" for layer in layers[::TICK])
+    yield f"{'layer':<{width}}  {''.join(ticks)}".rstrip()
+    for name in names:
+        signs = "".join(of.get((name, layer), " ") for layer in layers)
+        yield f"{printable(name):<{width}}  {signs}".rstrip()
+    yield from ("  . agrees   D differs   ? cannot be said", "")
+
+
+def _of_one_layer(result: Result, stages: Sequence[StageResult]) -> list[StageResult]:
+    """Return the stages of the whole model, and of the layer that differs first, else most."""
+    first = result.first_divergence
+    worst = max(stages, key=lambda stage: (stage.layer is not None, stage.ratio or 0))
+    layer = worst.layer if first is None or first.layer is None else first.layer
+    return [stage for stage in stages if stage.layer in (layer, None)]
+
+
+def _places(stages: Sequence[StageResult]) -> Iterator[str]:
+    """Yield stages with their layers; of many, how many layers."""
+    names = Counter(stage.stage for stage in stages)
+    if len(stages) <= MOST_PLACES:
+        yield from map(_place, stages)
+        return
+    for name, layers in names.items():
+        yield name if layers == 1 else f"{name} of {layers} layers"
 
 
 def _place(stage: StageResult) -> str:

@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 
 from qwenref.dumps.aprt import WHOLE_MODEL
-from qwenref.judge.measurement import Nonfinite, TopDifference
+from qwenref.judge.measurement import Logits, Nonfinite, TopDifference
 
 Verdict = Literal["agree", "differ", "incomplete", "incomparable"]
 Status = Literal["agree", "differ", "unmeasured", "blind"]
@@ -105,6 +105,7 @@ class StageResult(msgspec.Struct, frozen=True):
         odd_one_out: The dump that two others disagree with.
         notes: What else a reader should know.
         top_diffs: The largest differences.
+        logits: Of lm_head, what it says of the next token.
     """
 
     layer: int | None
@@ -135,6 +136,7 @@ class StageResult(msgspec.Struct, frozen=True):
     odd_one_out: int | None = None
     notes: list[str] = []
     top_diffs: list[TopDifference] = []
+    logits: Logits | None = None
 
 
 class Result(msgspec.Struct, frozen=True):

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from qwenref.judge.floors import PRECISIONS
-from qwenref.judge.measurement import LETTERS, Measurement, StageMeasured
+from qwenref.judge.measurement import LETTERS, Logits, Measurement, StageMeasured
 from qwenref.judge.result import (
     Divergence,
     PairResult,
@@ -16,7 +16,7 @@ from qwenref.judge.result import (
     Verdict,
 )
 from qwenref.judge.slices import blocks_of, describe, ratio_of, standing_out, worst_slice
-from qwenref.judge.verdict import Judged, Rules, judged_stages
+from qwenref.judge.verdict import Judged, Rules, judged_stages, letters_of
 from qwenref.stages import BY_NAME
 
 SAME_RMS = 0.99
@@ -98,6 +98,7 @@ def _stage(measurement: Measurement, stage: StageMeasured, pairs: Sequence[Judge
         block=standing_out(measurement, stage, shown),
         worst=worst_slice(measurement, stage, shown),
         top_diffs=compared.top_diffs,
+        logits=pair.logits,
     )
 
 
@@ -144,6 +145,8 @@ def _notes(measurement: Measurement, pairs: Sequence[Judged]) -> Iterator[str]:
             yield f"{who}same numbers, stored as {a} and as {b}: layout, not arithmetic"
         if pair.slices == "last":
             yield f"{who}only the last token is compared"
+        if pair.logits is not None:
+            yield f"{who}{_next_token(pair.logits, letters_of(pair))}"
         if pair.unsure is not None:
             yield f"{who}{pair.unsure} ({' / '.join(pair.layout or ())})"
         yield from (f"{who}{note}" for note in one.notes)
@@ -154,6 +157,19 @@ def _notes(measurement: Measurement, pairs: Sequence[Judged]) -> Iterator[str]:
             found = pair.compared.nonfinite
             if found.a and found.b and not found.differ:
                 yield f"{who}{found.a} values are the same infinities in both, and left out"
+
+
+def _next_token(logits: Logits, letters: tuple[str, str]) -> str:
+    """Say which token comes next, and how sure that is."""
+    if logits.tokens > 1:
+        text = f"the same next token after {logits.same} of {logits.tokens}"
+    elif logits.same:
+        text = f"next token {logits.last[0]} in both"
+    else:
+        each = (f"{token} in {of}" for token, of in zip(logits.last, letters, strict=True))
+        text = f"next token {', '.join(each)}"
+    likeliest = f"{logits.overlap} of the {logits.top} likeliest in both"
+    return f"{text}; {likeliest}; divergence {logits.divergence:.1e} nats"
 
 
 def _with_recoveries(stages: Sequence[StageResult]) -> list[StageResult]:

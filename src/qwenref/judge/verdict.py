@@ -147,7 +147,7 @@ def _tolerance(errors: Errors, within: float) -> Errors:
 
 
 def _nonfinite(pair: Pair, found: Nonfinite) -> str:
-    a, b = _letters(pair)
+    a, b = letters_of(pair)
     where = f"index {found.first}" if found.token is None else f"token {found.token}"
     return f"{found.a} NaN or infinite values in {a}, {found.b} in {b}, first at {where}"
 
@@ -161,7 +161,8 @@ def _without_scale(pair: Pair, errors: Errors, compared: Compared) -> str | None
     return f"{LETTERS[pair.b if compared.norm_ratio is None else pair.a]} is zero everywhere"
 
 
-def _letters(pair: Pair) -> tuple[str, str]:
+def letters_of(pair: Pair) -> tuple[str, str]:
+    """Return what the two dumps of a pair are called."""
     return LETTERS[pair.a], LETTERS[pair.b]
 
 
@@ -208,5 +209,5 @@ def _conventions(pair: Pair) -> Iterator[str]:
         yield f"{LETTERS[pair.unscaled]} holds scores before 1/sqrt(H)"
     held = pair.compared.masked
     if held[0] != held[1] and None not in held:
-        each = (f"{kind} in {name}" for kind, name in zip(held, _letters(pair), strict=True))
+        each = (f"{kind} in {name}" for kind, name in zip(held, letters_of(pair), strict=True))
         yield f"masked cells hold {', '.join(each)}"
