@@ -174,6 +174,21 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> list[Moment]:
     return at_every_change(base, signal.SIGINT, *QUICK, "-o", "out")
 
 
+@pytest.mark.parametrize(
+    ("send", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+@pytest.mark.parametrize("at", ["open .*layer-1/ffn_up", "open .*lm_head"])
+def test_a_run_through_all_layers_that_is_stopped_in_the_middle(
+    send: int, status: int, at: str, tmp_path: Path, start: Start
+) -> None:
+    everything = ("--layers", "all", "--stages", "all", "--tokens", "1", "-o", "out")
+    outcome = ended(start(tmp_path, *CAPTURE, *everything, at=at, send=send))
+    assert (outcome.status, outcome.out) == (status, "")
+    assert finished(tmp_path / "out") is None
+    if send != signal.SIGKILL:
+        assert not (tmp_path / "out").exists()
+
+
 def early_and_late(moments: list[Moment]) -> tuple[list[Moment], list[Moment]]:
     """Split into those before the dump was in place, by its last rename, and those after."""
     last = max(n for n, moment in enumerate(moments) if moment.change.startswith("os.rename"))

@@ -13,18 +13,11 @@ from qwenref.judge.scope import fits, tokens_in
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
 from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
-from qwenref.stages import ATTENTION, EMBEDDING, RESIDUAL
+from qwenref.stages import ATTENTION, BETWEEN, EMBEDDING, LEAVING, RESIDUAL
 from qwenref.trial.held import Held
 from qwenref.trial.laying_out import readings
 from qwenref.trial.replay import CHAIN, Replay
 from qwenref.trial.residual import row_of
-
-ENTERING = "post_ffn_residual"
-"""What apr calls the stream that leaves a layer, and enters the next one."""
-
-
-LEAVING = "post_attn_residual"
-"""What apr calls the stream once attn_out is added."""
 
 
 class Case(NamedTuple):
@@ -101,7 +94,7 @@ def _config_of(used: Any, layer: int) -> Config:
 def of_layer(dump: Dump, layer: int) -> Dump:
     """Return what a dump has of one layer's attention, and of the stream that enters it."""
     wanted = {(layer, stage.name) for stage in ATTENTION}
-    wanted.add((0, EMBEDDING.name) if layer == 0 else (layer - 1, ENTERING))
+    wanted.add((0, EMBEDDING.name) if layer == 0 else (layer - 1, LEAVING.name))
     stages = {key: parts for key, parts in dump.stages.items() if key in wanted}
     return dump._replace(stages=stages)
 
@@ -123,7 +116,7 @@ def length_of(case: Case, own: Dump, sizes: Mapping[str, int]) -> int:
 def _with_embedding(dump: Dump) -> Dump:
     """Return a dump whose entering stream is called an embedding, which it is laid out as."""
     stages = {
-        (layer, EMBEDDING.name if name == ENTERING else name): parts
+        (layer, EMBEDDING.name if name == LEAVING.name else name): parts
         for (layer, name), parts in dump.stages.items()
     }
     return dump._replace(stages=stages)
@@ -132,7 +125,7 @@ def _with_embedding(dump: Dump) -> Dump:
 def _key(name: str, layer: int) -> tuple[int, str]:
     if name != RESIDUAL:
         return layer, name
-    return (0, EMBEDDING.name) if layer == 0 else (layer - 1, ENTERING)
+    return (0, EMBEDDING.name) if layer == 0 else (layer - 1, LEAVING.name)
 
 
 def ways_of(own: Dump, layer: int, sizes: Mapping[str, int]) -> dict[str, list[Held]]:
@@ -149,7 +142,7 @@ def ways_of(own: Dump, layer: int, sizes: Mapping[str, int]) -> dict[str, list[H
 
 def leaving_of(dump: Dump, layer: int, sizes: Mapping[str, int]) -> Held | None:
     """Return the stream that attn_out was added to, if that was dumped."""
-    keys = [key for key in ((layer, LEAVING), (None, LEAVING)) if key in dump.stages]
+    keys = [key for key in ((layer, BETWEEN.name), (None, BETWEEN.name)) if key in dump.stages]
     side = side_of(dump, keys[0]) if keys else None
     ways = [] if side is None else readings(EMBEDDING, side, sizes)
     return ways[0] if ways else None
