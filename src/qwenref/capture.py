@@ -104,7 +104,7 @@ def capture(
         stages = (*LAYER, *whole) if residual else (EMBEDDING, *LAYER, *whole)
     start = _start(checkpoint, layers[0], prompt, tokens, residual)
     if start.stream is not None and EMBEDDING in stages:
-        raise QwenrefError("a run from --input has no stage embedding: leave it out")
+        raise QwenrefError("a run from --input has no stage embedding: name other --stages")
     first = 0 if start.stream is None else layers[0]
     plan = Plan(first, layers, stages, config.num_hidden_layers, all_logits)
     T = start.length(config.hidden_size)
@@ -141,9 +141,9 @@ def capture(
             if read.feed_forward_print is not None:
                 feed_forwards[name] = read.feed_forward_print
             biases |= read.attention.q_bias is not None
-            if noise:
+            needed = [stage for stage in plan.needed(read.number) if stage != EMBEDDING]
+            if noise and needed:
                 progress.step(f"computing the noise floor of layer {read.number}")
-                needed = [stage for stage in plan.needed(read.number) if stage != EMBEDDING]
                 found = floors.of_layer(read.attention, read.feed_forward, stream, needed)
                 noises |= {
                     manifest.floor_name(read.number, stage.name): found[stage.name]
