@@ -28,9 +28,10 @@ from qwenref.model.config import Config
 from qwenref.model.weights import AttentionWeights, read_attention, read_embedding
 from qwenref.oracle import computing
 from qwenref.stages import ATTENTION
-from qwenref.trial.case import of_layer, ways_of
+from qwenref.trial.case import Case, ways_of
 from qwenref.trial.laying_out import lay_out
 from qwenref.trial.matched_filter import Look, judged, look_below
+from qwenref.trial.part import LayerPart
 from qwenref.trial.precision import account_of
 from qwenref.trial.replay import NOTHING, Replay
 from qwenref.trial.tensors import Tensors
@@ -89,12 +90,14 @@ def look_at(number: int, folder: Path) -> tuple[str, dict[str, Look]]:
     shown: Any = {of: arrays[of] for of in names}
     about = f"{kind.__name__}, {wanted.name}, model {model}, variant {variant}"
     with computing("float64", "cpu"), np.errstate(over="ignore", invalid="ignore"):
-        replay = Replay(checkpoint.config, weights, len(tokens), rows)
-        ways = ways_of(of_layer(read_dump(shown, names_from(None)), 0), 0, replay.sizes)
+        replay = Replay(LayerPart(checkpoint.config, 0, weights), len(tokens), rows)
+        dump = read_dump(shown, names_from(None))
+        case = Case(dump, checkpoint, checkpoint.config, tokens, "given")
+        ways = ways_of(case, 0, replay.chain, replay.sizes)
         for of in names:
             lay_out(replay, of, ways[of])
         account = account_of(replay, wanted.name)
-        tensors = Tensors(checkpoint.config, weights, checkpoint, 0, tokens)
+        tensors = Tensors(checkpoint.config, weights._asdict(), checkpoint, 0, tokens)
         look = look_below(replay, tensors, wanted.name, NOTHING, account)
     text = f"{number}: {about}, {len(tokens)} tokens, {style}"
     return text, {wanted.name: look} if look is not None and account.agrees else {}

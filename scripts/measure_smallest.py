@@ -84,9 +84,10 @@ LISTED = (
 
 def seen(field: Field, plant: Plant) -> str:
     """Return how a mistake is found: ``seen``, ``hidden`` below the noise, or ``no``."""
-    arrays, _ = field.grown(plant)
+    ground = field.ground(plant)
+    arrays, _ = ground.grown(plant)
     with tempfile.TemporaryDirectory() as folder:
-        answer = field.explained(arrays, Path(folder), "hf")
+        answer = ground.explained(arrays, Path(folder), "hf")
     if not answer.origins:
         return "no"
     return "hidden" if any(of.hidden for of in answer.stages) else "seen"

@@ -12,7 +12,7 @@ import msgspec
 from qwenref.dumps.manifest import Manifest
 from qwenref.judge.measurement import Measurement
 from qwenref.judge.result import Result, StageDiff
-from qwenref.trial.explanation import Explanation
+from qwenref.trial.explanation import Explanation, LayersExplanation
 
 TYPES = {
     "manifest-v1": Manifest,
@@ -20,6 +20,7 @@ TYPES = {
     "stage-diff-v1": StageDiff,
     "measurement-v1": Measurement,
     "explain-v1": Explanation,
+    "explain-layers-v1": LayersExplanation,
 }
 CONTRACTS = Path(__file__).resolve().parents[1] / "contracts"
 

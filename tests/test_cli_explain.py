@@ -13,7 +13,8 @@ from engines import DATA
 from helpers import TINY, Cli
 
 import qwenref
-from qwenref.stages import ATTENTION
+from qwenref.stages import LAYER
+from qwenref.trial.explain import explain_layers
 
 MODEL = ("--model", TINY)
 PREFIX = "qwenref: error: "
@@ -60,7 +61,9 @@ def test_a_healthy_dump(explain: Cli) -> None:
     assert (status, err) == (0, "")
     *_, last, computes = out.splitlines()
     assert last == "AGREE: layer 0: every stage follows from what it was computed from"
-    assert computes == "Your engine computes: norm, projections, RoPE and attention: float32."
+    assert computes == (
+        "Your engine computes: norm, projections, RoPE, attention, MLP and residual: float32."
+    )
 
 
 def test_a_faulty_dump(explain: Cli) -> None:
@@ -89,7 +92,7 @@ def test_json_is_what_python_returns(explain: Cli) -> None:
     assert found["tokens"] == IDS
     assert [stage["stage"] for stage in found["stages"]] == [
         "embedding",
-        *(stage.name for stage in ATTENTION),
+        *(stage.name for stage in LAYER),
     ]
     assert set(found["stages"][0]) >= {
         *("stage", "status", "dtype", "total", "added", "floor", "ratio", "worst", "pattern"),
@@ -123,9 +126,34 @@ def test_a_reference(explain: Cli) -> None:
 
 def test_layers(explain: Cli, refused: Refused) -> None:
     assert explain("apr-f32", *MODEL, "--layers", "2", "-q")[0] == 0
-    assert "one layer at a time" in refused("apr-f32", *MODEL, "--layers", "0,1")
     assert "layer 3 does not exist" in refused("apr-f32", *MODEL, "--layers", "3")
-    assert "no stage of attention of layer 1" in refused("llama-f32", *MODEL, "--layers", "1")
+    assert "no stage of layer 1" in refused("llama-f32", *MODEL, "--layers", "1")
+
+
+def test_all_layers(explain: Cli) -> None:
+    status, out, err = explain("apr-f32", *MODEL, "--layers", "all")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert {line.split()[1] for line in lines if line.startswith(("ffn_", "attn_"))} == {"..."}
+    assert next(line for line in lines if line.startswith("AGREE")) == (
+        "AGREE: layers 0 to 2 and the head agree: every stage follows from what it was computed "
+        "from"
+    )
+
+
+def test_json_of_all_layers_is_what_python_returns(explain: Cli) -> None:
+    _, out, _ = explain("apr-f32", *MODEL, "--layers", "1..3", "--json")
+    found = json.loads(out)
+    assert found == json.loads(explain_layers("apr-f32", model=TINY, layers=[1, 2]).to_json())
+    assert found["schema"] == "qwenref-explain-layers-v1"
+    assert [part["layer"] for part in found["parts"]] == [1, 2]
+
+
+def test_what_was_not_dumped_is_said(explain: Cli) -> None:
+    status, out, _ = explain("llama-f32", *MODEL, "--layers", "all", "-q")
+    assert (status, out.splitlines()[0]) == (
+        *(2, "INCOMPLETE: layers 1 to 2 and the head not dumped"),
+    )
 
 
 def test_tokens_of_another_number_are_incomparable_and_recovered(explain: Cli) -> None:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qwenref.oracle import Stages as Stages
     from qwenref.oracle import run as run
     from qwenref.trial.explain import explain as explain
+    from qwenref.trial.explain import explain_layers as explain_layers
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "assert_stages_close",
     "diff",
     "explain",
+    "explain_layers",
     "read_aprt",
     "run",
     "write_aprt",
@@ -36,6 +38,7 @@ _HOMES = {
     "assert_stages_close": "qwenref.judge.diff",
     "diff": "qwenref.judge.diff",
     "explain": "qwenref.trial.explain",
+    "explain_layers": "qwenref.trial.explain",
     "read_aprt": "qwenref.dumps.aprt",
     "run": "qwenref.oracle",
     "write_aprt": "qwenref.dumps.aprt",

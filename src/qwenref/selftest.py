@@ -12,21 +12,25 @@ import numpy as np
 
 from qwenref.dumps.layout import LAYOUTS
 from qwenref.dumps.naming import names_from
-from qwenref.dumps.reading import read_dump
+from qwenref.dumps.reading import Dump, read_dump
 from qwenref.dumps.tree import StageWriter
+from qwenref.judge.alignment import side_of
 from qwenref.mistakes.catalogue import MISTAKES
 from qwenref.mistakes.mistake import CannotBe, Mistake
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.random_checkpoint import Shape, write
-from qwenref.model.weights import read_attention, read_embedding
+from qwenref.model.weights import read_embedding
 from qwenref.oracle import computing
-from qwenref.trial.case import ways_of
+from qwenref.stages import ATTENTION, HEAD, LAST_LOGITS, LEAVING, RESIDUAL
+from qwenref.trial.case import Case, Place
 from qwenref.trial.dialects import EXACT, Dialect, result_dialects
 from qwenref.trial.executed import Found, planted_as
 from qwenref.trial.explain import explain
 from qwenref.trial.explanation import Explanation
 from qwenref.trial.findings import label
-from qwenref.trial.replay import CHAIN, Replay
+from qwenref.trial.inquiry import part_of
+from qwenref.trial.laying_out import readings
+from qwenref.trial.replay import Replay
 from qwenref.trial.residual import row_of, weighed
 from qwenref.trial.tensors import Tensors
 
@@ -136,25 +140,27 @@ def plants() -> Iterator[Plant]:
                 yield Plant(mistake, value, stages)
 
 
-class Field:
-    """One model and prompt, in which mistakes are planted; within `computing("float64", ...)`."""
+class Ground:
+    """A part of a model with what enters it, in which mistakes are planted.
 
-    def __init__(self, folder: Path, cell: Cell):
-        """Make the model.
+    Attributes:
+        place: Which part.
+        tensors: What else engines may take.
+    """
+
+    def __init__(self, case: Case, place: Place, stream: np.ndarray, dtype: str):
+        """Read the weights.
 
         Args:
-            folder: Where to; it is made.
-            cell: Which.
+            case: The model and the prompt.
+            place: Which part.
+            stream: What enters it.
+            dtype: What the engine computes in.
         """
-        # where precision matters the weights must not be rounded
-        write(folder, SHAPES[cell.shape], dtype=cell.dtype)
-        self.checkpoint, self.dtype = Checkpoint(folder), cell.dtype
-        config = self.checkpoint.config
-        rng = np.random.default_rng(cell.T)
-        self.tokens = rng.integers(config.vocab_size, size=cell.T).tolist()
-        self.weights, _ = read_attention(self.checkpoint, 0)
-        self.entering, _ = read_embedding(self.checkpoint, self.tokens)
-        self.tensors = Tensors(config, self.weights, self.checkpoint, 0, self.tokens)
+        self.place, self._dtype, self._case, self._stream = place, dtype, case, stream
+        self._part, weights = part_of(case, place, whole=True)
+        number = case.config.num_hidden_layers if place is None else place
+        self.tensors = Tensors(case.config, weights, case.checkpoint, number, case.tokens or ())
 
     def grown(self, plant: Plant) -> tuple[dict[str, np.ndarray], set[str]]:
         """Return the arrays of an engine with a mistake or none, and the stages in which it shows.
@@ -162,10 +168,10 @@ class Field:
         Raises:
             CannotBe: It cannot be made here.
         """
-        replay = Replay(self.checkpoint.config, self.weights, len(self.tokens), self.entering)
+        replay = Replay(self._part, len(self._stream), self._stream)
         (span,) = replay.spans
         arrays, visible, made = {}, set(), 0
-        for name in CHAIN:
+        for name in replay.chain:
             dialect = self._dialect(name)
             if name in plant.stages:
                 dialect = planted_as(plant.mistake, plant.value, name, dialect, self.tensors)
@@ -174,7 +180,7 @@ class Field:
                 made += name in plant.stages
             except CannotBe:
                 values = replay.compute(name, span, dialect=self._dialect(name))
-            arrays[name] = values.astype(np.float32)
+            arrays[name] = _dumped(name, values)
             self._hold(replay, name, arrays[name])
             if (
                 name in plant.stages
@@ -183,43 +189,94 @@ class Field:
                 visible.add(name)
             if plant.mistake.in_file and name in plant.stages:
                 values = replay.compute(name, span, dialect=self._dialect(name))
-                self._hold(replay, name, values.astype(np.float32))
+                self._hold(replay, name, _dumped(name, values))
         if plant.stages and not made:
             raise CannotBe
         return arrays, visible
 
     def _hold(self, replay: Replay, name: str, values: np.ndarray) -> None:
-        dump = read_dump({label(name): values}, names_from(None))
-        way = ways_of(dump, 0, replay.sizes)[name][0]
+        stage = row_of(name)
+        dump = read_dump({stage.name: values}, names_from(None))
+        (key,) = dump.stages
+        way = readings(stage, side_of(dump, key), replay.sizes)[0]
         used = name == "attn_softmax" and way.masked_cells_are_used()
         replay.hold(name, replace(way, masks=not used))
 
     def _dialect(self, name: str) -> Dialect:
-        if self.dtype == "float32":
+        if self._dtype == "float32":
             return EXACT
-        return next(iter(result_dialects(name, (), self.dtype, stored=True)))
+        return next(iter(result_dialects(name, (), self._dtype, stored=True)))
 
     def explained(self, arrays: dict[str, np.ndarray], folder: Path, layout: str) -> Explanation:
         """Dump arrays without a manifest, and explain them."""
-        sizes = self.checkpoint.config.sizes | {"T": len(self.tokens), "S": len(self.tokens)}
+        T = len(self._stream)
+        sizes = self._case.config.sizes | {"T": T, "S": T}
         for name, values in arrays.items():
+            layer, _ = self._case.key(self.place, name)
+            stage = LAST_LOGITS if name == LAST_LOGITS.name else row_of(name)
+            if name == RESIDUAL and self.place != 0:
+                stage = LEAVING
             arrange = LAYOUTS[layout]
             if name == "attn_softmax":  # an engine without a mask shows it there
                 arrange = replace(arrange, masks_scores=False)
-            with StageWriter(folder, 0, row_of(name), sizes, arrange) as writer:
+            with StageWriter(folder, layer, stage, sizes, arrange) as writer:
                 writer.write(values)
                 writer.finish()
-        return explain(folder, model=self.checkpoint.directory, tokens=self.tokens)
+        model = None if self._case.checkpoint is None else self._case.checkpoint.directory
+        return explain(folder, model=model, tokens=self._case.tokens, layer=self.place)
 
 
-def outcome_of(field: Field, plant: Plant, layout: str, folder: Path) -> Outcome | None:
+def _dumped(name: str, values: np.ndarray) -> np.ndarray:
+    """Return a stage as engines dump it: of the logits those of the last token."""
+    return (values[-1] if name == LAST_LOGITS.name else values).astype(np.float32)
+
+
+class Field:
+    """One model and prompt; within `computing("float64", ...)`."""
+
+    def __init__(self, folder: Path, cell: Cell):
+        """Make the model, and run it without any mistake.
+
+        Args:
+            folder: Where to; it is made.
+            cell: Which.
+        """
+        # where precision matters the weights must not be rounded
+        write(folder, SHAPES[cell.shape], dtype=cell.dtype)
+        checkpoint = Checkpoint(folder)
+        rng = np.random.default_rng(cell.T)
+        tokens = rng.integers(checkpoint.config.vocab_size, size=cell.T).tolist()
+        case = Case(Dump("", None, {}, {}), checkpoint, checkpoint.config, tokens, "given")
+        stream, _ = read_embedding(checkpoint, tokens)
+        self._grounds: dict[Place, Ground] = {}
+        for layer in range(checkpoint.config.num_hidden_layers):
+            self._grounds[layer] = ground = Ground(case, layer, stream, cell.dtype)
+            stream = ground.grown(HEALTHY)[0][LEAVING.name]
+        self._grounds[None] = Ground(case, None, stream, cell.dtype)
+
+    def ground(self, plant: Plant) -> Ground:
+        """Return where a mistake is planted: those of attention, and none, in layer 0."""
+        if not plant.stages or {*plant.stages} & BEGINNING:
+            return self._grounds[0]
+        return self._grounds[None if {*plant.stages} & OF_HEAD else MIDDLE]
+
+
+BEGINNING = {RESIDUAL, *(stage.name for stage in ATTENTION)}
+OF_HEAD = {stage.name for stage in HEAD}
+MIDDLE = 1
+"""The layer in which mistakes of the MLP and the residual are planted."""
+
+
+def outcome_of(ground: Ground, plant: Plant, layout: str, folder: Path) -> Outcome | None:
     """Plant a mistake, dump, explain; None if it cannot be made here."""
     try:
-        arrays, visible = field.grown(plant)
+        arrays, visible = ground.grown(plant)
     except CannotBe:
         return None
-    answer = field.explained(arrays, folder, layout)
-    expected, made = {label(name) for name in visible}, {label(name) for name in plant.stages}
+    answer = ground.explained(arrays, folder, layout)
+    expected, made = (
+        {label(name, ground.place) for name in names} for names in (visible, plant.stages)
+    )
     origins, hidden = {*answer.origins}, {of.stage for of in answer.stages if of.hidden is not None}
     found = {
         of.stage: {(one.id, one.text) for one in (of.cause, of.hidden, *of.equivalent) if one}
@@ -262,7 +319,7 @@ def outcomes_in(cell: Cell, every: int = 1, first: int = 0) -> Iterator[Outcome]
         for number, plant in enumerate((HEALTHY, *chosen)):
             dump = Path(folder) / "dump"
             dump.mkdir()
-            outcome = outcome_of(field, plant, [*LAYOUTS][number % 2], dump)
+            outcome = outcome_of(field.ground(plant), plant, [*LAYOUTS][number % 2], dump)
             rmtree(dump)
             if outcome is not None:
                 yield outcome

@@ -7,7 +7,6 @@ from typing import Annotated
 import typer
 
 from qwenref.cli.shared import print_whole, ready_for_jax, shown_progress
-from qwenref.errors import QwenrefError
 from qwenref.interrupts import Interrupts
 
 
@@ -31,7 +30,12 @@ def explain(
         Path | None,
         typer.Option(metavar="DUMP", help="Try this one too: is it the one that is wrong?"),
     ] = None,
-    layers: Annotated[str, typer.Option(metavar="N", help="Which layer.")] = "0",
+    layers: Annotated[
+        str,
+        typer.Option(
+            metavar="N|A..B|A,B|all", help="Which layers; all: the final norm and lm_head too."
+        ),
+    ] = "0",
     names: Annotated[
         str | None,
         typer.Option(
@@ -60,25 +64,29 @@ def explain(
         from qwenref.model.tokens import parse_tokens
         from qwenref.stages import parse_layers
         from qwenref.trial import explain as explaining
+        from qwenref.trial.layer_words import layers_report
         from qwenref.trial.words import last_lines, report
 
         with interrupts.let_through(), shown_progress(quiet) as progress:
-            layer, *others = parse_layers(layers) or (0, 1)
-            if others:
-                raise QwenrefError(f"--layers {layers!r}: explain takes one layer at a time")
-            answer = explaining.explain(
-                dump,
-                model=model,
-                prompt=prompt,
-                tokens=None if tokens is None else parse_tokens(tokens),
-                reference=reference,
-                layer=layer,
-                names=names,
-                exact_weights=exact_weights,
-                quick=quick,
-                device=device,
-                progress=progress.step,
-            )
-    shown = "\n".join(last_lines(answer)) if quiet else report(answer)
+            wanted = parse_layers(layers)
+            asked = {
+                "model": model,
+                "prompt": prompt,
+                "tokens": None if tokens is None else parse_tokens(tokens),
+                "reference": reference,
+                "names": names,
+                "exact_weights": exact_weights,
+                "quick": quick,
+                "device": device,
+                "progress": progress.step,
+            }
+            if wanted is not None and len(wanted) == 1:
+                answer = explaining.explain(dump, layer=wanted[0], **asked)
+                shown = report(answer)
+            else:
+                answer = explaining.explain_layers(dump, layers=wanted, **asked)
+                shown = layers_report(answer)
+    if quiet:
+        shown = "\n".join(last_lines(answer))
     print_whole(answer.to_json() if json else shown, json=json)
     return answer.exit_status

@@ -316,7 +316,7 @@ MISTAKES = (
         "the weight of post_attention_layernorm instead of input_layernorm",
         "x / sqrt(mean(x**2) + eps) * w'",
         "a factor per channel, the same for all tokens",
-        lambda s: _weight(s, s.tensor("post_attention_layernorm.weight")),
+        lambda s: _weight(s, s.tensor("ffn_norm")),
     ),
     Mistake(
         "norm-of-next-layer",

@@ -4,17 +4,14 @@ A stage that contradicts what it was computed from is wrong, or just its file is
 computed from it is right if that file is passed over.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import numpy as np
-
-from qwenref.stages import RESIDUAL
+from qwenref.stages import ATTENTION
 from qwenref.trial.explanation import Status
 from qwenref.trial.held import Held
 from qwenref.trial.laying_out import (
-    CLEARLY,
     SIBLINGS,
     lay_out,
     lay_out_by_consumers,
@@ -23,8 +20,7 @@ from qwenref.trial.laying_out import (
 from qwenref.trial.matched_filter import Below, judged, look_below
 from qwenref.trial.naming import Naming, name_cause
 from qwenref.trial.precision import Account, account_of
-from qwenref.trial.replay import CHAIN, NOTHING, Replay, Skip
-from qwenref.trial.residual import compared
+from qwenref.trial.replay import NOTHING, Replay, Skip
 from qwenref.trial.tensors import Tensors
 from qwenref.trial.weight_noise import weight_noise
 
@@ -74,6 +70,7 @@ class Trial:
     Attributes:
         replay: The dumps, laid out.
         tensors: What else the engine may have taken.
+        stages: Those of attention, and all up to the last one that was dumped.
         standings: By stage, in chain order.
     """
 
@@ -81,7 +78,6 @@ class Trial:
         self,
         replay: Replay,
         ways: Mapping[str, Sequence[Held]],
-        leaving: Held | None,
         tensors: Tensors,
         how: How,
     ):
@@ -90,20 +86,20 @@ class Trial:
         Args:
             replay: It holds nothing yet.
             ways: How each dumped stage may be read.
-            leaving: The stream after attn_out was added to it, if that was dumped.
             tensors: What else the engine may have taken.
             how: What is asked for.
         """
-        self._leaving, self._ways, self.tensors = leaving, ways, tensors
+        self._ways, self.tensors = ways, tensors
         self.replay = replay
-        self.standings = {name: Standing(name) for name in CHAIN}
+        self.stages = _stages(replay.chain, ways)
+        self.standings = {name: Standing(name) for name in self.stages}
         self._exact_weights, self._progress = how.exact_weights, how.progress
         self._known: dict[tuple[str, Skip], tuple[Account, dict[str, float] | None]] = {}
         how.progress("laying out what was dumped")
-        for name in CHAIN:
+        for name in self.stages:
             if name in ways:
                 lay_out(replay, name, ways[name])
-        for name in reversed(CHAIN):  # what follows decides what a stage is
+        for name in reversed(self.stages):  # what follows decides what a stage is
             if name in ways and replay.can(name) and self._may_be_misread(name):
                 held = replay.held[name]
                 lay_out_by_consumers(replay, name, ways[name], self.consumers(name))
@@ -111,7 +107,7 @@ class Trial:
                     self._known.clear()
         self._lay_out_siblings()
         distrusted = NOTHING
-        for name in CHAIN:
+        for name in self.stages:
             if name in replay.held:
                 how.progress(f"holding {name} to what it was computed from")
                 self.standings[name] = standing = self._stand(name, distrusted)
@@ -146,7 +142,7 @@ class Trial:
 
     def _lay_out_after(self, name: str, distrusted: Skip) -> None:
         """Lay out again what a wrong file may have misled about."""
-        for after in CHAIN[CHAIN.index(name) + 1 :]:
+        for after in self.stages[self.stages.index(name) + 1 :]:
             if len(self._ways.get(after, ())) > 1:
                 before = self.replay.held[after]
                 lay_out(self.replay, after, self._ways[after], distrusted)
@@ -157,7 +153,7 @@ class Trial:
         """Return the dumped stages that are computed from a dump, directly or over a bridge."""
         return [
             after
-            for after in CHAIN
+            for after in self.stages
             if after in self.replay.held
             and after not in skip
             and self.replay.can(after, skip)
@@ -195,7 +191,9 @@ class Trial:
             return standing
         if account.hidden:
             standing.status = "blind"
-            between = ", ".join(of for of in CHAIN if of in self.replay.bridges(name, skip))
+            between = ", ".join(
+                of for of in self.replay.chain if of in self.replay.bridges(name, skip)
+            )
             standing.reason = (
                 f"nothing explains it, but roundings in {between}, which cannot be read, might"
             )
@@ -211,8 +209,6 @@ class Trial:
 
     def _dumped_wrong(self, name: str, skip: Skip) -> bool:
         """Return whether a wrong file was not what the engine went on with."""
-        if name == "attn_out":
-            return self._was_not_added(skip)
         return self._evidence(name, skip) > 0
 
     def _evidence(self, name: str, skip: Skip) -> int:
@@ -257,20 +253,6 @@ class Trial:
             return 2 if any(choice.dialect.estimated for choice in account.choices) else 3
         return int(bits is not None)
 
-    def _was_not_added(self, skip: Skip) -> bool:
-        """Return whether what left the layer has attn_out as it should be in it, not as dumped."""
-        replay, leaving = self.replay, self._leaving
-        if leaving is None or not (RESIDUAL in replay.held or replay.can(RESIDUAL)):
-            return False
-        off = {"as dumped": 0.0, "as it should be": 0.0}
-        dumped = replay.held["attn_out"]
-        for first, truth, found in compared(replay, "attn_out", dumped, skip):
-            last = first + len(truth)
-            added = leaving.rows(first, last) - replay.entering(first, last)
-            off["as dumped"] += _squares(added - found)
-            off["as it should be"] += _squares(added - truth)
-        return off["as it should be"] < CLEARLY**2 * off["as dumped"]
-
     def _right(self, name: str, skip: Skip) -> bool:
         return self._account(name, skip)[1] is not None
 
@@ -299,6 +281,8 @@ class Trial:
         return self._known[name, skip]
 
 
-def _squares(difference: np.ndarray) -> float:
-    """Return the sum of squares; infinite if anything is not finite."""
-    return float(np.sum(np.square(difference))) if np.isfinite(difference).all() else np.inf
+def _stages(chain: Sequence[str], dumped: Iterable[str]) -> list[str]:
+    """Return the stages that are judged: up to the last one that was dumped; attention's anyhow."""
+    attention = [stage.name for stage in ATTENTION if stage.name in chain]
+    last = max(chain.index(name) for name in (chain[0], *attention, *dumped))
+    return [*chain[: last + 1]]

@@ -1,23 +1,26 @@
 """What a dump is to be compared with, and which of its files are what."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 
-from qwenref.dumps.reading import Dump
+from qwenref.dumps.reading import Dump, Key
 from qwenref.errors import QwenrefError
 from qwenref.judge.alignment import side_of
 from qwenref.judge.scope import fits, tokens_in
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
 from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
-from qwenref.stages import ATTENTION, BETWEEN, EMBEDDING, LEAVING, RESIDUAL
+from qwenref.stages import EMBEDDING, HEAD, LAYER, LEAVING, RESIDUAL
 from qwenref.trial.held import Held
 from qwenref.trial.laying_out import readings
-from qwenref.trial.replay import CHAIN, Replay
+from qwenref.trial.replay import Replay
 from qwenref.trial.residual import row_of
+
+Place = int | None
+"""A layer's number; None for what follows the last one."""
 
 
 class Case(NamedTuple):
@@ -25,7 +28,6 @@ class Case(NamedTuple):
 
     Attributes:
         dump: As it was read.
-        layer: Which layer.
         checkpoint: None without a model.
         config: Of the checkpoint, or of the manifest.
         tokens: The prompt's.
@@ -33,22 +35,49 @@ class Case(NamedTuple):
     """
 
     dump: Dump
-    layer: int
     checkpoint: Checkpoint | None
     config: Config
     tokens: list[int] | None
     tokens_from: Literal["manifest", "given", "default"] | None
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """What shapes of stages depend on, but for the number of tokens."""
+        return {letter: self.config.sizes[letter] for letter in "NKHDIV"}
+
+    def key(self, place: Place, name: str) -> Key:
+        """Return under which key a dump has a stage."""
+        if name != RESIDUAL:
+            return place, name
+        if place == 0:
+            return 0, EMBEDDING.name
+        return (self.config.num_hidden_layers if place is None else place) - 1, LEAVING.name
+
+    def of(self, place: Place) -> Dump:
+        """Return what the dump has of a layer or of the head, and of the stream that enters it."""
+        names = [stage.name for stage in (HEAD if place is None else LAYER)]
+        wanted = {self.key(place, name) for name in (RESIDUAL, *names)}
+        stages = {key: parts for key, parts in self.dump.stages.items() if key in wanted}
+        return self.dump._replace(stages=stages)
+
+    def reaches(self, place: Place, after: str) -> bool:
+        """Return whether the dump has a stage of a part that comes after another one."""
+        names = [stage.name for stage in (HEAD if place is None else LAYER)]
+        later = names[names.index(after) + 1 :]
+        return any((place, name) in self.dump.stages for name in later)
+
 
 def case_of(
     dump: Dump,
-    layer: int,
+    places: Sequence[Place] | None,
     checkpoint: Checkpoint | None,
     prompt: str | None,
     tokens: list[int] | None,
 ) -> Case:
-    """Find out what a dump is to be compared with."""
+    """Find out what a dump is to be compared with; `places` as in `Case.of`, None for all."""
     manifest = dump.manifest
+    dumped = [layer for layer, _ in dump.stages if layer is not None]
+    layers = dumped if places is None else [place for place in places if place is not None]
     if checkpoint is not None:
         config = checkpoint.config
         if manifest is not None and manifest.config.sizes.items() - config.sizes.items():
@@ -57,27 +86,28 @@ def case_of(
                 f"has { {letter: config.sizes[letter] for letter in 'NKHD'} }"
             )
     elif manifest is not None:
-        config = _config_of(manifest.config, layer)
+        config = _config_of(manifest.config, max((*layers, *dumped), default=0))
     else:
         raise QwenrefError(
             f"{dump.name} has no manifest: give the checkpoint that the engine ran with --model"
         )
-    if layer >= config.num_hidden_layers:
+    beyond = [layer for layer in layers if layer >= config.num_hidden_layers]
+    if beyond:
         raise QwenrefError(
-            f"layer {layer} does not exist: the checkpoint has {config.num_hidden_layers} layers, "
-            "counted from 0"
+            f"layer {beyond[0]} does not exist: the checkpoint has {config.num_hidden_layers} "
+            "layers, counted from 0"
         )
     origin: Literal["manifest", "given", "default"] | None = None
     if tokens is not None or prompt is not None:
         origin = "given"
     elif manifest is not None and manifest.tokens is not None:
         tokens, origin = manifest.tokens, "manifest"
-    if tokens is None and checkpoint is not None and layer == 0:
+    if tokens is None and checkpoint is not None and (0 in layers or prompt is not None):
         origin = origin or "default"
         tokens = encode(DEFAULT_PROMPT if prompt is None else prompt, checkpoint.directory)
     if tokens is not None:
         check_tokens(tokens, config.vocab_size)
-    return Case(dump, layer, checkpoint, config, tokens, origin)
+    return Case(dump, checkpoint, config, tokens, origin)
 
 
 def _config_of(used: Any, layer: int) -> Config:
@@ -91,48 +121,27 @@ def _config_of(used: Any, layer: int) -> Config:
     )
 
 
-def of_layer(dump: Dump, layer: int) -> Dump:
-    """Return what a dump has of one layer's attention, and of the stream that enters it."""
-    wanted = {(layer, stage.name) for stage in ATTENTION}
-    wanted.add((0, EMBEDDING.name) if layer == 0 else (layer - 1, LEAVING.name))
-    stages = {key: parts for key, parts in dump.stages.items() if key in wanted}
-    return dump._replace(stages=stages)
-
-
-def length_of(case: Case, own: Dump, sizes: Mapping[str, int]) -> int:
-    """Return how many tokens the dump is of: the prompt's, if files fit that as well as any."""
-    files = [_with_embedding(own)]
-    T = tokens_in(files, sizes)
+def length_of(case: Case, own: Dump) -> int:
+    """Return how many tokens a dump is of: the prompt's, if files fit that as well as any."""
+    T = tokens_in([own], case.sizes)
     if case.tokens is not None:
-        expected = fits(files, sizes, len(case.tokens))
-        others = fits(files, sizes, T) if T else []
+        expected = fits([own], case.sizes, len(case.tokens))
+        others = fits([own], case.sizes, T) if T else []
         if len(expected) >= max(1, len(others)) and (others or max(expected) > 1):
             return len(case.tokens)
     if T is None:
-        raise QwenrefError(f"no file of {own.name} is of a size that {dict(sizes)} explain")
+        raise QwenrefError(f"no file of {own.name} is of a size that {case.sizes} explain")
     return T
 
 
-def _with_embedding(dump: Dump) -> Dump:
-    """Return a dump whose entering stream is called an embedding, which it is laid out as."""
-    stages = {
-        (layer, EMBEDDING.name if name == LEAVING.name else name): parts
-        for (layer, name), parts in dump.stages.items()
-    }
-    return dump._replace(stages=stages)
-
-
-def _key(name: str, layer: int) -> tuple[int, str]:
-    if name != RESIDUAL:
-        return layer, name
-    return (0, EMBEDDING.name) if layer == 0 else (layer - 1, LEAVING.name)
-
-
-def ways_of(own: Dump, layer: int, sizes: Mapping[str, int]) -> dict[str, list[Held]]:
+def ways_of(
+    case: Case, place: Place, chain: Sequence[str], sizes: Mapping[str, int]
+) -> dict[str, list[Held]]:
     """Return how each dumped stage may be read."""
     found = {}
-    for name in CHAIN:
-        side = side_of(own, _key(name, layer)) if _key(name, layer) in own.stages else None
+    for name in chain:
+        key = case.key(place, name)
+        side = side_of(case.dump, key) if key in case.dump.stages else None
         if side is not None and not side.lacks:
             ways = readings(row_of(name), side, sizes)
             if ways:
@@ -140,22 +149,14 @@ def ways_of(own: Dump, layer: int, sizes: Mapping[str, int]) -> dict[str, list[H
     return found
 
 
-def leaving_of(dump: Dump, layer: int, sizes: Mapping[str, int]) -> Held | None:
-    """Return the stream that attn_out was added to, if that was dumped."""
-    keys = [key for key in ((layer, BETWEEN.name), (None, BETWEEN.name)) if key in dump.stages]
-    side = side_of(dump, keys[0]) if keys else None
-    ways = [] if side is None else readings(EMBEDDING, side, sizes)
-    return ways[0] if ways else None
-
-
-def misfits_of(own: Dump, layer: int, replay: Replay) -> dict[str, str]:
+def misfits_of(case: Case, place: Place, replay: Replay) -> dict[str, str]:
     """Say what is the matter with files that cannot be used."""
     found = {}
-    for name in CHAIN:
-        key = _key(name, layer)
-        if key not in own.stages or name in replay.held:
+    for name in replay.chain:
+        key = case.key(place, name)
+        if key not in case.dump.stages or name in replay.held:
             continue
-        side, stage = side_of(own, key), row_of(name)
+        side, stage = side_of(case.dump, key), row_of(name)
         needed = int(np.prod([replay.sizes[axis] for axis in stage.axes]))
         found[name] = (
             f"the dump lacks {', '.join(side.lacks)} of it"

@@ -24,7 +24,14 @@ FLOATING = ("float16", "bfloat16", "tf32")
 BLOCKS = ("q8_0", "q8_K")
 """Formats of the operands of products; activations alone are rounded to blocks."""
 
-MATRICES = {"qkv_matmul": "qkv_operands", "attn_out": "out_operands"}
+MATRICES = {
+    "qkv_matmul": "qkv_operands",
+    "attn_out": "out_operands",
+    "ffn_gate": "ffn_operands",
+    "ffn_up": "ffn_operands",
+    "ffn_out": "down_operands",
+    "lm_head": "head_operands",
+}
 CACHE = {"attn_scores": "scores_operands", "attention": "attention_operands"}
 """Where the operands of products are rounded: to the format of matrices, or of the KV cache."""
 
@@ -38,13 +45,35 @@ INNER = {
     "q_post_rope": {"cos_sin": "cos and sin rounded", "rotated": "both products rounded"},
     "k_post_rope": {"cos_sin": "cos and sin rounded", "rotated": "both products rounded"},
     "attn_scores": {"products": "q . k rounded before the scale"},
+    "ffn_norm": {"ffn_normed": "x / rms rounded before the weight"},
+    "final_norm": {"final_normed": "x / rms rounded before the weight"},
 }
 """Where an engine that rounds results may round inside a stage too."""
 
-EARLY = {"qkv_matmul": "the product rounded before the bias is added"}
-"""What may be rounded on the way to qkv_bias; transformers adds the bias before the one rounding,
-and rounds the product for a dump alone.
+EARLY = {
+    "qkv_matmul": "the product rounded before the bias is added",
+    "ffn_silu": "silu(gate) rounded before the product with up",
+    "post_attn_residual": "the sum with the residual rounded before the norm",
+}
+"""What may be rounded on the way to the next stage, or not: transformers adds the bias before the
+one rounding, and rounds the product for a dump alone; kernels that fuse two stages round once.
 """
+
+
+class Fused(NamedTuple):
+    """A stage that an engine may make without another one, which it dumps all the same."""
+
+    without: str
+    id: str
+    text: str
+
+
+FUSED = {
+    "qkv_bias": Fused("qkv_matmul", "fused-bias", "bias added in the same kernel"),
+    "ffn_swigl": Fused("ffn_silu", "fused-silu", "silu and product in one kernel"),
+    "ffn_norm": Fused("post_attn_residual", "fused-sum", "sum and norm in one kernel"),
+}
+"""By the stage that is made in one go with the one before it."""
 
 Formats = tuple[tuple[str, str], ...]
 """Rounding points and the format at each."""
@@ -277,8 +306,9 @@ def result_dialects(
         found |= INNER.get(name, {})
     inner = [*found.items()]
     some = (inner, *([one] for one in inner if len(inner) > 1), *([[]] if inner else []))
-    for early, chosen in product((False, True) if "qkv_matmul" in bridges else (False,), some):
-        points = [*chosen, *(EARLY.items() if early else ())]
+    unseen = [(point, text) for point, text in EARLY.items() if point in bridges]
+    for early, chosen in product((False, True) if unseen else (False,), some):
+        points = [*chosen, *(unseen if early else ())]
         once = stage == "qkv_bias" and "qkv_matmul" in bridges and not early
         text = f"{'bias added before the one rounding' if once else 'result rounded'} to {narrow}"
         names = [point for point, _ in points]

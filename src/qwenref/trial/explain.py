@@ -1,44 +1,26 @@
 """`qwenref explain` for Python: ask one engine's dumps which stage is wrong."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import SupportsIndex
+from typing import SupportsIndex, TypeVar
 
 import msgspec
 import numpy as np
 
 from qwenref.dumps.naming import names_from
-from qwenref.dumps.reading import Dump, Source, read_dump
+from qwenref.dumps.reading import Source, read_dump
 from qwenref.errors import QwenrefError
 from qwenref.model.checkpoint import Checkpoint
-from qwenref.model.weights import (
-    AttentionWeights,
-    check_tensors,
-    embedding_table,
-    present_attention_tensors,
-    read_attention,
-    read_embedding,
-)
+from qwenref.model.weights import check_tensors
 from qwenref.oracle import computing, whole_numbers
-from qwenref.stages import RESIDUAL
-from qwenref.trial.blame import How, Trial
-from qwenref.trial.case import (
-    Case,
-    case_of,
-    leaving_of,
-    length_of,
-    misfits_of,
-    of_layer,
-    ways_of,
-)
-from qwenref.trial.checks import checks
-from qwenref.trial.explanation import Cause, Explanation
-from qwenref.trial.findings import WRONG, explained_stages, weight_noise_of
-from qwenref.trial.held import Held
-from qwenref.trial.recovery import in_words, recovered_tokens, without_weight
-from qwenref.trial.replay import Replay
-from qwenref.trial.tensors import Tensors
-from qwenref.trial.words import summary_of, verdict_of
+from qwenref.stages import HEAD, LAYER, RESIDUAL
+from qwenref.trial.blame import How
+from qwenref.trial.case import Case, Place, case_of
+from qwenref.trial.explanation import Explanation, LayersExplanation
+from qwenref.trial.inquiry import NOTHING_KNOWN, explained, tensors_of
+from qwenref.trial.layer_words import concluded_layers, with_wrong_file
+
+_Answer = TypeVar("_Answer", Explanation, LayersExplanation)
 
 
 def explain(
@@ -48,7 +30,7 @@ def explain(
     prompt: str | None = None,
     tokens: Iterable[SupportsIndex] | None = None,
     reference: Source | None = None,
-    layer: int = 0,
+    layer: int | None = 0,
     names: str | Path | None = None,
     exact_weights: bool = False,
     quick: bool = False,
@@ -65,7 +47,7 @@ def explain(
             `DEFAULT_PROMPT`.
         tokens: The token ids.
         reference: Another dump, of the reference: if that is the one that is wrong, it is said so.
-        layer: Which layer.
+        layer: Which layer; None for the final norm and lm_head.
         names: As in `qwenref.diff`.
         exact_weights: Whether rounded weights are a fault.
         quick: Whether mistakes are not sought below the noise.
@@ -75,146 +57,123 @@ def explain(
     Raises:
         QwenrefError: Something cannot be read or used; one line says what.
     """
+    cases = _cases([layer], model, prompt, tokens, names, source, reference)
+    how = How(exact_weights, quick, progress)
+    with computing("float64", device), np.errstate(over="ignore", invalid="ignore"):
+        dump, *others = [_of_one_layer(case, layer, how) for case in cases]
+    return _tried(dump, *others) if others else dump
+
+
+def explain_layers(
+    source: Source,
+    *,
+    model: str | Path | None = None,
+    prompt: str | None = None,
+    tokens: Iterable[SupportsIndex] | None = None,
+    reference: Source | None = None,
+    layers: Sequence[int] | None = None,
+    names: str | Path | None = None,
+    exact_weights: bool = False,
+    quick: bool = False,
+    device: str = "auto",
+    progress: Callable[[str], object] = lambda _: None,
+) -> LayersExplanation:
+    """Find out which stages of an engine are wrong, layer by layer.
+
+    Every stage is held to what the engine dumped before it, so that errors do not add up with
+    depth. One layer's weights are in memory at a time.
+
+    Args:
+        source: As of `explain`, and so are all that are not named here.
+        model: The checkpoint.
+        prompt: The text.
+        tokens: The token ids.
+        reference: Another dump.
+        layers: Which layers; None for all that were dumped, and the final norm and lm_head.
+        names: Another engine's names.
+        exact_weights: Whether rounded weights are a fault.
+        quick: Whether mistakes are not sought below the noise.
+        device: What to compute on.
+        progress: Called with the name of each step before it begins.
+
+    Raises:
+        QwenrefError: Something cannot be read or used; one line says what.
+    """
+    cases = _cases(layers, model, prompt, tokens, names, source, reference)
+    how = How(exact_weights, quick, progress)
+    with computing("float64", device), np.errstate(over="ignore", invalid="ignore"):
+        dump, *others = [_layer_by_layer(case, layers, how) for case in cases]
+    return _tried(dump, *others) if others else dump
+
+
+def _cases(
+    places: Sequence[Place] | None,
+    model: str | Path | None,
+    prompt: str | None,
+    tokens: Iterable[SupportsIndex] | None,
+    names: str | Path | None,
+    *sources: Source | None,
+) -> list[Case]:
+    """Read the dumps, and what they are to be compared with."""
     translate = names_from(names)
     given = None if tokens is None else whole_numbers(tokens)
     checkpoint = None if model is None else Checkpoint(Path(model))
     if prompt is not None and given is not None:
         raise QwenrefError("a prompt and tokens were both given; use one of them")
-    cases = [
-        case_of(read_dump(each, translate), layer, checkpoint, prompt, given)
-        for each in (source, *(() if reference is None else (reference,)))
+    return [
+        case_of(read_dump(each, translate), places, checkpoint, prompt, given)
+        for each in sources
+        if each is not None
     ]
-    with computing("float64", device), np.errstate(over="ignore", invalid="ignore"):
-        weights = None
-        if checkpoint is not None:
-            tensors = [*present_attention_tensors(checkpoint, layer).values()]
-            table = [embedding_table(checkpoint.config)] if layer == 0 else []
-            check_tensors(checkpoint, tensors + table)
-            weights, _ = read_attention(checkpoint, layer)
-        how = How(exact_weights, quick, progress)
-        found = [_explained(case, weights, how) for case in cases]
-    return found[0] if len(found) == 1 else _tried(*found)
 
 
-def _explained(case: Case, weights: AttentionWeights | None, how: How) -> Explanation:
-    sizes = {letter: case.config.sizes[letter] for letter in "NKHDIV"}
-    own = of_layer(case.dump, case.layer)
-    if not own.stages:
-        raise QwenrefError(f"{case.dump.name} holds no stage of attention of layer {case.layer}")
-    T = length_of(case, own, sizes)
-    tokens = case.tokens
-    answer = Explanation(
-        schema="qwenref-explain-v1",
-        verdict="incomparable",
-        reason="",
-        path=case.dump.name,
-        model=None if case.checkpoint is None else case.checkpoint.name,
-        layer=case.layer,
-        tokens=tokens,
-        tokens_from=case.tokens_from,
-        tokens_recovered=None,
-        origins=[],
-        weight_noise=None,
-        stages=[],
-        checks=[],
-        summary=[],
-    )
-    if tokens is not None and len(tokens) != T:
-        return _of_other_length(case, answer, own, sizes, T, weights)
-    case.config.refuse_window(case.layer, T)
-    entering = None
-    if case.layer == 0 and case.checkpoint is not None and tokens is not None:
-        entering, _ = read_embedding(case.checkpoint, tokens)
-    replay = Replay(case.config, weights, T, entering)
-    ways = ways_of(own, case.layer, replay.sizes)
-    leaving = leaving_of(case.dump, case.layer, replay.sizes)
-    tensors = Tensors(case.config, weights, case.checkpoint, case.layer, tokens or ())
-    trial = Trial(replay, ways, leaving, tensors, how)
-    misfits = misfits_of(own, case.layer, replay)
-    found = checks(replay.held, replay.sizes)
-    answer = msgspec.structs.replace(
-        answer,
-        stages=explained_stages(trial, misfits, found),
-        checks=found,
-        weight_noise=weight_noise_of(trial),
-        tokens_recovered=_recovered(case, weights, trial),
-    )
-    return _concluded(_with_tokens_named(answer))
+def _check_tensors(case: Case, places: Iterable[Place]) -> None:
+    if case.checkpoint is not None:
+        check_tensors(case.checkpoint, [of for place in places for of in tensors_of(case, place)])
 
 
-def _with_tokens_named(answer: Explanation) -> Explanation:
-    """Name other tokens as the cause of the first stage that is wrong."""
-    if answer.tokens_recovered is None:
-        return answer
-    words = in_words(answer.tokens_recovered, answer.tokens or [])
-    cause = Cause("tokens", f"other tokens: {words}", None)
-    first = next(at for at, of in enumerate(answer.stages) if of.status in WRONG)
-    named = msgspec.structs.replace(answer.stages[first], cause=cause, nearest=None)
-    stages = [*answer.stages[:first], named, *answer.stages[first + 1 :]]
-    return msgspec.structs.replace(answer, stages=stages)
+def _of_one_layer(case: Case, layer: Place, how: How) -> Explanation:
+    _check_tensors(case, [layer])
+    return explained(case, layer, how).answer
 
 
-def _concluded(answer: Explanation) -> Explanation:
-    """Fill in verdict, reason and summary."""
-    origins = [of.stage for of in answer.stages if of.status in WRONG or of.hidden is not None]
-    answer = msgspec.structs.replace(answer, origins=origins)
-    verdict, reason = verdict_of(answer)
-    answer = msgspec.structs.replace(answer, verdict=verdict, reason=reason)
-    return msgspec.structs.replace(answer, summary=summary_of(answer))
+def _layer_by_layer(case: Case, layers: Sequence[int] | None, how: How) -> LayersExplanation:
+    """Explain layer after layer: what one leaves, enters the next one."""
+    places = _places(case, layers)
+    _check_tensors(case, places)
+    parts: list[Explanation] = []
+    entered, before = NOTHING_KNOWN, None
+    for place in places:
+        if case.key(place, RESIDUAL)[0] != before:
+            entered = NOTHING_KNOWN
+        name = "the head" if place is None else f"layer {place}"
+        found = explained(case, place, _in_part(how, name), entered)
+        if found.entered_unused:
+            parts[-1] = with_wrong_file(parts[-1])
+        parts.append(found.answer)
+        if found.answer.verdict == "incomparable":
+            break
+        entered, before = found.leaves, place
+    return concluded_layers(case, layers, parts)
 
 
-def _of_other_length(
-    case: Case,
-    answer: Explanation,
-    own: Dump,
-    sizes: Mapping[str, int],
-    T: int,
-    weights: AttentionWeights | None,
-) -> Explanation:
-    """Say that a dump has another number of tokens, and which they are, if that can be seen."""
-    expected = case.tokens or []
-    reason = f"the dump has {T} tokens, and the prompt {len(expected)}"
-    ways = ways_of(own, case.layer, {**case.config.sizes, "T": T, "S": T})
-    held = {name: of[0] for name, of in ways.items() if of[0].first == 0}
-    recovered = _recovered_from(case, weights, held, T, expected)
-    if recovered is not None:
-        reason += f": {in_words(recovered, expected)}"
-    return msgspec.structs.replace(
-        answer, reason=reason, tokens_recovered=recovered, summary=[reason]
-    )
+def _in_part(how: How, name: str) -> How:
+    return how._replace(progress=lambda step: how.progress(f"{name}: {step}"))
 
 
-def _recovered(case: Case, weights: AttentionWeights | None, trial: Trial) -> list[int] | None:
-    """Return the tokens that the engine ran, if they are not those of the prompt."""
-    begins = (trial.standings[name] for name in (RESIDUAL, "attn_norm"))
-    first = next((of for of in begins if of.account is not None), None)
-    if first is None or case.tokens is None or first.status not in WRONG:
-        return None
-    found = _recovered_from(case, weights, trial.replay.held, len(case.tokens), case.tokens)
-    return None if found == case.tokens else found
+def _places(case: Case, layers: Sequence[int] | None) -> list[Place]:
+    """Return which parts of the model are to be explained: those of which a stage was dumped."""
+    if layers is not None:
+        return [*layers]
+    names = {stage.name for stage in (*LAYER, *HEAD)}
+    dumped = {place for place, name in case.dump.stages if name in names}
+    if not dumped:
+        raise QwenrefError(f"{case.dump.name} holds no stage of any layer")
+    of_layers = sorted(place for place in dumped if place is not None)
+    return [*of_layers, *([None] if None in dumped else [])]
 
 
-def _recovered_from(
-    case: Case,
-    weights: AttentionWeights | None,
-    held: Mapping[str, Held],
-    T: int,
-    expected: Sequence[int],
-) -> list[int] | None:
-    if case.checkpoint is None or weights is None or case.layer != 0:
-        return None
-    for name in (RESIDUAL, "attn_norm"):
-        if name in held and held[name].first == 0:
-            rows = held[name].rows(0, T)
-            if name == "attn_norm":
-                rows = without_weight(rows, np.asarray(weights.norm))
-            found = recovered_tokens(case.checkpoint, rows, expected)
-            if found is not None:
-                return found
-    return None
-
-
-def _tried(dump: Explanation, reference: Explanation) -> Explanation:
+def _tried(dump: _Answer, reference: _Answer) -> _Answer:
     """Say which of two is wrong."""
     faults = dump.verdict == "fault", reference.verdict == "fault"
     who = {(True, True): "both", (True, False): "dump", (False, True): "reference"}

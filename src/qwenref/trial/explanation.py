@@ -7,6 +7,9 @@ import msgspec
 Verdict = Literal["agree", "fault", "incomplete", "incomparable"]
 Status = Literal["agree", "inherited", "added", "dumped_wrong", "unmeasured", "blind"]
 
+EXIT_STATUS = {"agree": 0, "fault": 1}
+"""By verdict; 2 for others."""
+
 
 class DialectFound(msgspec.Struct, frozen=True):
     """An honest choice that explains a stage, and the relative L2 that it leaves."""
@@ -139,6 +142,10 @@ class WeightNoise(msgspec.Struct, frozen=True):
     k: float | None = None
     v: float | None = None
     o: float | None = None
+    gate: float | None = None
+    up: float | None = None
+    down: float | None = None
+    lm_head: float | None = None
 
 
 class Explanation(msgspec.Struct, frozen=True):
@@ -151,13 +158,14 @@ class Explanation(msgspec.Struct, frozen=True):
         reason: Why, in words.
         path: The dump.
         model: The checkpoint; None without one.
-        layer: Which layer.
+        layer: Which layer; None for what follows the last one.
         tokens: What it was compared for.
         tokens_from: Where those are from: ``manifest``, ``given`` or ``default``.
         tokens_recovered: What the engine ran instead, if that is something else.
         origins: Stages whose status is ``added`` or ``dumped_wrong``, or with a hidden mistake.
         weight_noise: Set if the engine seems to compute with rounded weights.
-        stages: In chain order; the embedding if it was dumped.
+        stages: In chain order; the embedding if it was dumped. Attention's in any case, others up
+            to the last one that was dumped.
         checks: What needs no weights.
         summary: The last lines of the report.
         reference: The same of the reference, if one was given.
@@ -169,7 +177,7 @@ class Explanation(msgspec.Struct, frozen=True):
     reason: str
     path: str
     model: str | None
-    layer: int
+    layer: int | None
     tokens: list[int] | None
     tokens_from: Literal["manifest", "given", "default"] | None
     tokens_recovered: list[int] | None
@@ -184,8 +192,62 @@ class Explanation(msgspec.Struct, frozen=True):
     @property
     def exit_status(self) -> int:
         """0 agree, 1 fault, 2 incomplete or incomparable."""
-        return {"agree": 0, "fault": 1}.get(self.verdict, 2)
+        return EXIT_STATUS.get(self.verdict, 2)
 
     def to_json(self) -> str:
         """Return it as JSON, indented."""
-        return msgspec.json.format(msgspec.json.encode(self)).decode() + "\n"
+        return as_json(self)
+
+
+class Origin(msgspec.Struct, frozen=True):
+    """Where an error is made: a layer (None: after the last one) and a stage."""
+
+    layer: int | None
+    stage: str
+
+
+class LayersExplanation(msgspec.Struct, frozen=True):
+    """The answer for several layers, and what follows them.
+
+    Attributes:
+        schema: Names this format.
+        verdict: ``fault`` if any part is at fault; else ``incomparable`` or ``incomplete`` if one
+            is, or if parts that were asked for were not dumped.
+        reason: Why, in words.
+        path: The dump.
+        model: The checkpoint; None without one.
+        tokens: What it was compared for.
+        tokens_from: Where those are from.
+        origins: Of all parts, in order.
+        parts: Layers in order, then the final norm and lm_head.
+        summary: The last lines of the report.
+        reference: The same of the reference, if one was given.
+        convicted: Which of the two is wrong.
+    """
+
+    schema: Literal["qwenref-explain-layers-v1"]
+    verdict: Verdict
+    reason: str
+    path: str
+    model: str | None
+    tokens: list[int] | None
+    tokens_from: Literal["manifest", "given", "default"] | None
+    origins: list[Origin]
+    parts: list[Explanation]
+    summary: list[str]
+    reference: "LayersExplanation | None" = None
+    convicted: Literal["dump", "reference", "both"] | None = None
+
+    @property
+    def exit_status(self) -> int:
+        """0 agree, 1 fault, 2 incomplete or incomparable."""
+        return EXIT_STATUS.get(self.verdict, 2)
+
+    def to_json(self) -> str:
+        """Return it as JSON, indented."""
+        return as_json(self)
+
+
+def as_json(answer: msgspec.Struct) -> str:
+    """Return an answer as JSON, indented."""
+    return msgspec.json.format(msgspec.json.encode(answer)).decode() + "\n"

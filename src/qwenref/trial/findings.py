@@ -25,9 +25,10 @@ from qwenref.trial.explanation import (
 )
 from qwenref.trial.matched_filter import Below
 from qwenref.trial.naming import Naming
+from qwenref.trial.part import CHAIN
 from qwenref.trial.pattern import pattern_of
 from qwenref.trial.precision import all_fit
-from qwenref.trial.replay import CHAIN
+from qwenref.trial.replay import Replay
 from qwenref.trial.residual import residual_of
 from qwenref.trial.telling import told_by
 
@@ -35,7 +36,7 @@ WRONG = ("added", "dumped_wrong")
 
 
 def explained_stages(
-    trial: Trial, misfits: Mapping[str, str], found: Sequence[Check]
+    trial: Trial, misfits: Mapping[str, str], found: Sequence[Check], *, tainted: bool = False
 ) -> list[StageExplained]:
     """Return all stages in chain order; what enters the layer only if that was dumped.
 
@@ -43,17 +44,23 @@ def explained_stages(
         trial: Its standings.
         misfits: Why files of some stages cannot be used.
         found: Checks, which decide where a stage cannot be computed.
+        tainted: Whether an error was made before what enters.
     """
     oracle = trial.replay.without_dumps()
-    tainted: set[str] = set()
+    place = trial.replay.part.layer
+    wrong = {RESIDUAL} if tainted else set()
     stages = []
-    for name in CHAIN:
+    for name in trial.stages:
         standing = trial.standings[name]
-        if name == RESIDUAL and name in trial.replay.held and standing.account is None:
-            continue  # it is where the replay begins
+        if (
+            name == RESIDUAL
+            and name in trial.replay.held
+            and (standing.account is None or place != 0)
+        ):
+            continue  # it is where the replay begins, or the layer before is blamed for it
         if name not in trial.replay.held:
             if name != RESIDUAL or name in misfits:
-                stages.append(StageExplained(label(name), "unmeasured", misfits.get(name)))
+                stages.append(StageExplained(label(name, place), "unmeasured", misfits.get(name)))
             continue
         replay = trial.replay
         dtype = next((of for of in NARROW if all_fit(replay, name, of)), "float32")
@@ -62,7 +69,9 @@ def explained_stages(
             oracle.held = {name: replay.held[name]}
             residual = residual_of(oracle, name)
             total, cosine = residual.errors.whole, residual.cosine
-            floors = generic_floors(None, label(name), replay.sizes, replay.sizes["T"], None)[dtype]
+            floors = generic_floors(
+                None, label(name, place), replay.sizes, replay.sizes["T"], None
+            )[dtype]
             worst = worst_of(residual.errors, for_last_token(floors) if residual.first else floors)
             normal = not residual.contradictions and (worst is None or worst.ratio <= MARGIN)
         status, reason = standing.status, standing.reason
@@ -70,19 +79,19 @@ def explained_stages(
             failing = [of.name for of in found if of.status == "fails" and blamed(of) == name]
             if failing:
                 status, reason = "added", f"{failing[0]}, in any right engine, and not here"
-        sources = replay.reads(name, standing.skip) if name != RESIDUAL else set()
-        if status == "agree" and sources & tainted and not normal:
+        sources = replay.reads(name, standing.skip)
+        if status == "agree" and sources & wrong and not normal:
             status = "inherited"
         if status in ("added", "inherited"):
-            tainted.add(name)
+            wrong.add(name)
         found_here = _stage(trial, standing, status, reason)
         stages.append(msgspec.structs.replace(found_here, dtype=dtype, total=total, cosine=cosine))
     return stages
 
 
-def label(name: str) -> str:
-    """Return what a stage is called in reports."""
-    return EMBEDDING.name if name == RESIDUAL else name
+def label(name: str, place: int | None = 0) -> str:
+    """Return what a stage of a layer, or of what follows the last one, is called in reports."""
+    return EMBEDDING.name if name == RESIDUAL and place == 0 else name
 
 
 def blamed(check: Check) -> str:
@@ -92,9 +101,9 @@ def blamed(check: Check) -> str:
 
 def _stage(trial: Trial, standing: Standing, status: Status, reason: str | None) -> StageExplained:
     name, replay = standing.name, trial.replay
-    way = replay.held[name].layout
+    way, shown = replay.held[name].layout, label(name, replay.part.layer)
     if standing.account is None:
-        return StageExplained(label(name), status, reason, layout=way)
+        return StageExplained(shown, status, reason, layout=way)
     best = standing.account.weighed
     contradictions = best.residual.contradictions
     if standing.bits and status not in WRONG:
@@ -104,7 +113,7 @@ def _stage(trial: Trial, standing: Standing, status: Status, reason: str | None)
         reason = f"{contradictions} NaN or infinite values that do not follow from what is before"
     worst = best.worst
     return StageExplained(
-        stage=label(name),
+        stage=shown,
         status=status,
         reason=reason,
         added=None if contradictions else standing.account.added.residual.errors.whole,
@@ -119,8 +128,10 @@ def _stage(trial: Trial, standing: Standing, status: Status, reason: str | None)
         ),
         pattern=pattern_of(replay, name, standing.skip, best) if status in WRONG else None,
         layout=way,
-        computed_from=_in_order(replay.reads(name, standing.skip)) if name != RESIDUAL else [],
-        bridged=_in_order(replay.bridges(name, standing.skip)) if name != RESIDUAL else [],
+        computed_from=_in_order(replay, replay.reads(name, standing.skip))
+        if name != RESIDUAL
+        else [],
+        bridged=_in_order(replay, replay.bridges(name, standing.skip)) if name != RESIDUAL else [],
         dialects=[
             DialectFound(of.dialect.id, of.dialect.text, of.error_after)
             for of in standing.account.choices
@@ -166,8 +177,8 @@ def _cause(of: Found) -> Cause:
     return Cause(of.mistake.id, of.text, of.error_after)
 
 
-def _in_order(names: set[str]) -> list[str]:
-    return [label(name) for name in CHAIN if name in names]
+def _in_order(replay: Replay, names: set[str]) -> list[str]:
+    return [label(name, replay.part.layer) for name in replay.chain if name in names]
 
 
 def weight_noise_of(trial: Trial) -> WeightNoise | None:

@@ -33,7 +33,7 @@ from qwenref.trial.executed import Found, variants
 from qwenref.trial.least_squares import LEAST_UNITS, Space, certainty, square
 from qwenref.trial.normal import Honest, floor_of
 from qwenref.trial.precision import Account
-from qwenref.trial.replay import CHAIN, Replay, Skip
+from qwenref.trial.replay import Replay, Skip
 from qwenref.trial.residual import row_of
 from qwenref.trial.tensors import Tensors
 
@@ -197,7 +197,7 @@ class _Filter:
     def __init__(self, replay: Replay, tensors: Tensors, name: str, skip: Skip, dialect: Dialect):
         self.replay, self.tensors, self.name = replay, tensors, name
         # a mistake must know nothing of the error: later dumps hold it too
-        self.skip = skip | {*CHAIN[CHAIN.index(name) :]}
+        self.skip = skip | {*replay.chain[replay.chain.index(name) :]}
         self.narrow, self.dialect = dialect.result, replace(dialect, result="exact")
         self.plain = replace(self.dialect, formats=(), inputs=())
         self.width = replay.sizes["H"]

@@ -13,7 +13,7 @@ from qwenref.trial.dialects import EXACT, NARROW, Dialect, operand_dialects
 from qwenref.trial.executed import Found, variants
 from qwenref.trial.normal import Honest, floor_of
 from qwenref.trial.precision import all_fit, ways_to_round
-from qwenref.trial.replay import CHAIN, Replay, Skip
+from qwenref.trial.replay import Replay, Skip
 from qwenref.trial.residual import compared, row_of, weighed
 from qwenref.trial.tensors import Tensors
 
@@ -167,7 +167,7 @@ def _tried(replay: Replay, tensors: Tensors, name: str, skip: Skip, span: Span) 
     on_the_way, dumped = replay.bridges(name, skip) | {name}, None
     if replay.held[name].first == 0:
         ((_, _, dumped),) = compared(replay, name, replay.held[name], skip, spans=[span])
-    for stage in CHAIN:
+    for stage in replay.chain:
         if stage in on_the_way:
             own = dumped if stage == name else None
             for of in variants(replay, name, skip, stage, MISTAKES, tensors, span, own):

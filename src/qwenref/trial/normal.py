@@ -168,7 +168,7 @@ def _computed(replay: Replay, stage: Stage, skip: Skip, honest: Honest) -> Runs:
     if stage.positioned:
         shifts = replay.positions - np.arange(len(replay.positions))
         position = (0,) if stage.sliced else (shifts,)
-    value = replay.apply(stage, [run.value for run in runs], position, EXACT)
+    value = replay.sample(stage, [run.value for run in runs], position, EXACT)
     added = replay.roundoff.of(stage, [run.value for run in runs], value).float32
     rounded = stage.name in OPERAND_POINTS and honest.operands != "exact"
     if not rounded and all(np.array_equal(run.draws[0], run.value) for run in runs):
@@ -178,10 +178,10 @@ def _computed(replay: Replay, stage: Stage, skip: Skip, honest: Honest) -> Runs:
     if stage.name in MATRICES:  # reading the matrix takes longer than multiplying
         (run,) = runs
         rows = run.draws.reshape(-1, run.draws.shape[-1])
-        draws = replay.apply(stage, [rows], position, like).reshape(replay.draws, *value.shape)
+        draws = replay.sample(stage, [rows], position, like).reshape(replay.draws, *value.shape)
         return Runs(value, draws + added)
     draws = [
-        replay.apply(stage, [run.draws[r] for run in runs], position, like)
+        replay.sample(stage, [run.draws[r] for run in runs], position, like)
         for r in range(replay.draws)
     ]
     return Runs(value, np.stack(draws) + added)

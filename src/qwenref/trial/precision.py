@@ -9,6 +9,7 @@ import numpy as np
 from qwenref.model.formats import fits
 from qwenref.trial.dialects import (
     EXACT,
+    FUSED,
     NARROW,
     Dialect,
     Formats,
@@ -116,8 +117,8 @@ def ways_to_round(replay: Replay, name: str, skip: Skip, narrow: str) -> Iterato
     rounded = all_fit(replay, name, narrow)
     if rounded:
         skips = [frozenset[str]()]
-        if name == "qkv_bias" and "qkv_matmul" in replay.reads(name, skip):
-            skips.append(frozenset({"qkv_matmul"}))
+        if name in FUSED and FUSED[name].without in replay.reads(name, skip):
+            skips.append(frozenset({FUSED[name].without}))
         for stored in (True, False):
             yield [
                 replace(dialect, skips=more)
@@ -161,15 +162,14 @@ def _roundings(dialect: Dialect) -> tuple[int, int]:
 
 
 def _fused(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
-    """The bias added in the same kernel: a dumped qkv_matmul was made for the dump alone."""
-    if weights or name != "qkv_bias" or "qkv_matmul" not in replay.reads(name, skip):
+    """Made in one go with the stage before it, which was made for the dump alone."""
+    if weights or name not in FUSED or FUSED[name].without not in replay.reads(name, skip):
         return []
-    account = account_of(replay, name, skip | {"qkv_matmul"})
+    without, name_of, text = FUSED[name]
+    account = account_of(replay, name, skip | {without})
     if not account.agrees:
         return []
-    dialect = Dialect(
-        "fused-bias", "bias added in the same kernel", skips=frozenset({"qkv_matmul"})
-    )
+    dialect = Dialect(name_of, text, skips=frozenset({without}))
     return [(dialect, account.weighed)]
 
 

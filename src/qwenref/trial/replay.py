@@ -1,21 +1,18 @@
-"""One layer's stages, computed in float64 from the arrays that an engine dumped itself."""
+"""Stages of a layer, or of the head, in float64 from the arrays that an engine dumped itself."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 from qwenref.chain import Span, spans_of
-from qwenref.model.attention import Attention
-from qwenref.model.config import Config
+from qwenref.model.arithmetic import Arithmetic
 from qwenref.model.formats import in_format
 from qwenref.model.precision import FORMATS, Precision
 from qwenref.model.roundoff import Roundoff
-from qwenref.model.weights import AttentionWeights
 from qwenref.noise import LEAST_ROWS, MOST_TOKENS, sampled
-from qwenref.stages import ATTENTION, BY_NAME, RESIDUAL, Stage
+from qwenref.stages import BY_NAME, RESIDUAL, Stage
 from qwenref.trial.dialects import (
     BLOCKS,
     EARLY,
@@ -26,6 +23,7 @@ from qwenref.trial.dialects import (
     flash_attention,
 )
 from qwenref.trial.held import Held
+from qwenref.trial.part import OF_ATTENTION, OF_FEED_FORWARD, Part
 
 _T = TypeVar("_T")
 
@@ -37,7 +35,7 @@ LEAST_DRAWS = 4
 score can do: of one alone, its errors were 4.04 times the largest (scripts/healthy.py --only 2485).
 """
 
-WEIGHTED = ("attn_norm", "qkv_matmul", "qkv_bias", "attn_out")
+WEIGHTED = (*OF_ATTENTION, *OF_FEED_FORWARD, "final_norm", "lm_head")
 """Stages that take weights."""
 
 NARROWER = {
@@ -50,9 +48,6 @@ NARROWER = {
 FLOAT32 = 2.0**-23
 """Relative error of a difference that a file holds in float32: of two roundings."""
 
-CHAIN = (RESIDUAL, *(stage.name for stage in ATTENTION))
-"""What enters the layer, and the nine."""
-
 Key = tuple[Any, ...]
 """A stage, and what else decides what was computed."""
 
@@ -63,9 +58,11 @@ NOTHING: Skip = frozenset()
 
 
 class Replay:
-    """Computes stages of one layer from what is held, and else from what those are computed from.
+    """Computes stages of one part from what is held, and else from what those are computed from.
 
     Attributes:
+        part: The layer, or the head.
+        chain: Its stages, after what enters it.
         held: What the engine dumped, by the name of the stage; `RESIDUAL` for what enters.
         spans: Tokens that are computed at a time.
         positions: Of the tokens at which it is found out what errors are normal.
@@ -73,36 +70,27 @@ class Replay:
         roundoff: The errors of float32 at those positions.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        weights: AttentionWeights | None,
-        T: int,
-        entering: np.ndarray | None,
-    ):
+    def __init__(self, part: Part, T: int, entering: np.ndarray | None):
         """Prepare to compute, within `computing("float64", ...)`.
 
         Args:
-            config: Sizes, eps and theta.
-            weights: The layer's; None if there are none: then `WEIGHTED` cannot be computed.
+            part: The layer or the head, with the weights that there are.
             T: How many tokens there are.
-            entering: The stream that enters the layer, [T, D], if it is known.
+            entering: The stream that enters it, [T, D], if it is known.
         """
-        self.config = config
-        self._weighted = weights is not None
-        none = AttentionWeights(*[np.zeros(0, np.float32)] * 8)
-        self._weights = jax.device_put(weights or none)  # once, for every rounding
-        self.sizes = config.sizes | {"T": T, "S": T}
+        self.part, self.config, self.chain = part, part.config, part.chain
+        self.sizes = self.config.sizes | {"T": T, "S": T}
         self.held: dict[str, Held] = {}
         self.spans = spans_of(0, T, ROWS)
         self._entering = entering
-        self._layers: dict[Formats, Attention] = {}
+        self._modules: dict[Formats, list[Arithmetic]] = {}
         self._known: dict[Key, Any] = {}
-        used = (x for x in (*(weights or ()), entering) if x is not None)
-        self._dtypes = {np.dtype(x.dtype).name for x in used}
+        entered = set() if entering is None else {np.dtype(entering.dtype).name}
+        self._dtypes = part.dtypes | entered
         self.positions = sampled(T)
         self.draws = max(-(-LEAST_ROWS // len(self.positions)), LEAST_DRAWS)
-        self.roundoff = Roundoff([self._layer(EXACT)], self.positions, self.draws)
+        self._sampled = part.sampled(_precision(()))
+        self.roundoff = Roundoff(self._sampled, self.positions, self.draws)
 
     def without_dumps(self) -> "Replay":
         """Return the same layer, computed from what enters it alone."""
@@ -121,11 +109,11 @@ class Replay:
     def hold(self, name: str, held: Held) -> None:
         """Take a dump of a stage, or another reading of it."""
         self.held[name] = held
-        place = CHAIN.index(name)
+        place = self.chain.index(name)
         self._known = {
             key: of
             for key, of in self._known.items()
-            if CHAIN.index(key[0]) < place or (key[0] == name and key[1] == "computed")
+            if self.chain.index(key[0]) < place or (key[0] == name and key[1] == "computed")
         }
 
     def remember(self, key: Key, make: Callable[[], _T]) -> _T:
@@ -146,7 +134,7 @@ class Replay:
         """Return whether a stage can be computed, from what is held but for `skip`."""
         if name == RESIDUAL:
             return self._entering is not None
-        if name in WEIGHTED and not self._weighted:
+        if name in WEIGHTED and name not in self.part.weighted:
             return False
         return all(
             self._suffices(before, keyed, skip) or self.can(before, skip)
@@ -208,10 +196,10 @@ class Replay:
             q = self.rows("q_post_rope", span, skip, dialect)
             k, v = (self._keys(each, skip, dialect) for each in ("k_post_rope", "qkv_bias"))
             return flash_attention(q, k, v, span.start)
-        stage = BY_NAME[name]
-        first, *keyed = stage.computed_from
-        given = [self.rows(first, span, skip, dialect)]
-        given += [self._keys(each, skip, dialect) for each in keyed]
+        given = [
+            self._keys(each, skip, dialect) if keyed else self.rows(each, span, skip, dialect)
+            for each, keyed in _inputs(name)
+        ]
         return self._made(name, dialect.rounded_inputs(given), span, skip, dialect)
 
     def _made(
@@ -250,13 +238,6 @@ class Replay:
         reached = self.apply(stage, [seen, (~np.isfinite(v)).astype(np.float64)], (), EXACT)
         finite = self.apply(stage, [softmax, np.where(np.isfinite(v), v, 0.0)], (), EXACT)
         return np.where(reached > 0, values, finite)
-
-    def entering(self, start: int, stop: int) -> np.ndarray:
-        """Return what enters the layer, as dumped, else as the oracle has it."""
-        held = self.held.get(RESIDUAL)
-        if held is not None and held.first <= start:
-            return held.rows(start, stop)
-        return self.table_rows(slice(start, stop))
 
     def holds(self, name: str, skip: Skip) -> bool:
         """Return whether a stage's dump may be read."""
@@ -303,11 +284,11 @@ class Replay:
 
     def weights_may_be(self, name: str, skip: Skip) -> list[Formats]:
         """Return how an engine may hold weights: as they are, or rounded; or the table alone."""
-        narrower = NARROWER.get(np.dtype(self._weights.norm.dtype).name, ())
+        narrower = NARROWER.get(self.part.stored, ())
         found: list[Formats] = [()]
-        if self._weighted:
+        if self.part.weighted:
             found += [(("stored", narrow),) for narrow in narrower]
-        if RESIDUAL in self.bridges(name, skip) | {name}:
+        if self.part.layer == 0 and RESIDUAL in self.bridges(name, skip) | {name}:
             found += [(("table", narrow),) for narrow in narrower]
         return found
 
@@ -338,23 +319,35 @@ class Replay:
         self, stage: Stage, given: Sequence[np.ndarray], position: tuple[object, ...], of: Dialect
     ) -> np.ndarray:
         """Return what a stage makes of its inputs; `position` as `model.attention` takes it."""
+        key = self._needed(of.formats)
+        if key not in self._modules:
+            self._modules[key] = self.part.modules(_precision(key))
+        return self._applied(self._modules[key], stage, given, position, of)
+
+    def sample(
+        self, stage: Stage, given: Sequence[np.ndarray], position: tuple[object, ...], of: Dialect
+    ) -> np.ndarray:
+        """Return the same; of lm_head some entries of the vocabulary."""
+        key = self._needed(of.formats)
+        modules = self.part.sampled(_precision(key)) if key else self._sampled
+        return self._applied(modules, stage, given, position, of)
+
+    def _applied(
+        self,
+        modules: Sequence[Arithmetic],
+        stage: Stage,
+        given: Sequence[np.ndarray],
+        position: tuple[object, ...],
+        of: Dialect,
+    ) -> np.ndarray:
         operands = dict(of.formats).get(OPERAND_POINTS.get(stage.name, ""))
         if operands in BLOCKS:
             given = [in_format(x, operands) for x in given]
-        return np.asarray(getattr(self._layer(of), stage.name)(*given, *position))
+        return self.part.compute(modules, stage, *given, *position)
 
     def _needed(self, formats: Formats) -> Formats:
         """Leave out that weights are rounded to what they are stored in."""
         return tuple(of for of in formats if of[0] != "stored" or {of[1]} != self._dtypes)
-
-    def _layer(self, dialect: Dialect) -> Attention:
-        key = self._needed(dialect.formats)
-        if key not in self._layers:
-            formats = {point: of for point, of in key if of in FORMATS}
-            formats.pop("table", None)
-            precision = Precision("float64", {"stored": "exact", **formats})
-            self._layers[key] = Attention(self.config, self._weights, precision)
-        return self._layers[key]
 
     def is_table(self, name: str) -> bool:
         """Return whether what is held are rows of the embedding table, as the oracle has them."""
@@ -375,11 +368,18 @@ class Replay:
         return self._entering[tokens].astype(np.float64)
 
 
+def _precision(formats: Formats) -> Precision:
+    """Return float64 that rounds at some points."""
+    points = {point: of for point, of in formats if of in FORMATS and point != "table"}
+    return Precision("float64", {"stored": "exact", **points})
+
+
 def _inputs(name: str) -> Iterator[tuple[str, bool]]:
     """Yield what a stage is computed from, and whether queries look at all its tokens."""
     if name != RESIDUAL:
-        for at, before in enumerate(BY_NAME[name].computed_from):
-            yield before, at > 0
+        stage = BY_NAME[name]
+        for at, before in enumerate(stage.computed_from):
+            yield before, stage.sliced and at > 0
 
 
 def _with_rows(values: np.ndarray, held: Held, start: int, rows: np.ndarray) -> np.ndarray:

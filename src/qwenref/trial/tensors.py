@@ -1,13 +1,20 @@
 """Tensors that an engine may have taken by mistake, read when they are asked for."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from qwenref.mistakes.mistake import CannotBe
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
-from qwenref.model.weights import AttentionWeights, Tensor, attention_tensors
+from qwenref.model.weights import (
+    Tensor,
+    attention_tensors,
+    embedding_table,
+    feed_forward_tensors,
+    final_norm,
+    head_matrix,
+)
 
 PIECE = 1 << 21
 """Values of a matrix that are held in float64 at a time: 16 MiB."""
@@ -19,7 +26,7 @@ class Tensors:
     def __init__(
         self,
         config: Config,
-        weights: AttentionWeights | None = None,
+        weights: Mapping[str, np.ndarray | None] | None = None,
         checkpoint: Checkpoint | None = None,
         layer: int = 0,
         tokens: Sequence[int] = (),
@@ -28,17 +35,17 @@ class Tensors:
 
         Args:
             config: What says how large tensors are.
-            weights: The layer's, as they were read.
+            weights: The layer's, as they were read, by the names of `named_tensors`.
             checkpoint: Where others are.
-            layer: Which layer.
+            layer: Which layer; of what follows the last one, the number of layers.
             tokens: The prompt, if it is known.
         """
         self._tokens = tokens
-        self._config, self._weights, self._checkpoint = config, weights, checkpoint
+        self._config, self._weights, self._checkpoint = config, weights or {}, checkpoint
         self._layer = layer
 
     def vector(self, name: str, beside: int = 0) -> np.ndarray:
-        """Return a vector in float64, by its field of `AttentionWeights` or its name in the layer.
+        """Return a vector in float64, by its name in `named_tensors`.
 
         Raises:
             CannotBe: There is none.
@@ -69,7 +76,7 @@ class Tensors:
         """
         if not as_it_lies:
             return np.concatenate([x @ rows.T for rows in self._rows(name, beside)], axis=1)
-        width, _ = attention_tensors(self._config, self._layer)[name].shape
+        width, _ = named_tensors(self._config, self._layer)[name].shape
         total, start = None, 0
         for rows in self._rows(name, beside):
             total = np.zeros((len(x), width)) if total is None else total
@@ -83,16 +90,27 @@ class Tensors:
 
     def _rows(self, name: str, beside: int) -> Iterator[np.ndarray]:
         """Yield a tensor in pieces, float64."""
-        own = getattr(self._weights, name, None)
+        own = self._weights.get(name)
         if beside == 0 and own is not None:
             rows = max(1, PIECE // (own.size // len(own)))
             for start in range(0, len(own), rows):
                 yield own[start : start + rows].astype(np.float64)
             return
-        layer = self._layer + beside
-        named = attention_tensors(self._config, layer)
-        tensor = named.get(name, Tensor(f"model.layers.{layer}.{name}", named["norm"].shape))
+        tensor = named_tensors(self._config, self._layer + beside)[name]
         if self._checkpoint is None or self._checkpoint.problems({tensor.name: tensor.shape}):
             raise CannotBe
         for _, piece in self._checkpoint.rows(tensor.name, 0, tensor.shape[0]):
             yield piece.astype(np.float64)
+
+
+def named_tensors(config: Config, layer: int) -> dict[str, Tensor]:
+    """Return the tensors of a layer and of the whole model, by short names."""
+    of_mlp = feed_forward_tensors(config, layer)
+    return {
+        **attention_tensors(config, layer),
+        "ffn_norm": of_mlp.pop("norm"),
+        **of_mlp,
+        "final_norm": final_norm(config),
+        "lm_head": head_matrix(config),
+        "embedding": embedding_table(config),
+    }

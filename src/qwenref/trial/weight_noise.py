@@ -57,8 +57,15 @@ MISFIT = 0.7
 HALF = 0.5
 """Errors of rounded weights make `_alike` 1 on average, others 0."""
 
-ROUNDED = ("qkv_matmul", "attn_out")
-"""Stages that are products with weights."""
+ROUNDED = {
+    "qkv_matmul": "v",
+    "attn_out": "o",
+    "ffn_gate": "gate",
+    "ffn_up": "up",
+    "ffn_out": "down",
+    "lm_head": "lm_head",
+}
+"""Stages that are products with weights, and what to call these; of three, the last."""
 
 
 class Noise(NamedTuple):
@@ -128,9 +135,10 @@ def _parts(replay: Replay, name: str, skip: Skip, products: Sequence[str]) -> It
         x, p = (_rows(replay, of, skip) for of in ("attn_norm", "attn_softmax"))
         for head in range(N):
             yield _Part("v", slice(head * H, (head + 1) * H), p[head, first:] @ x)
-    elif name == "attn_out":
+    elif products:
         alone = [*products] == [name]
-        yield _Part("o", slice(None), _rows(replay, "attention", skip)[first:] if alone else None)
+        inputs = _rows(replay, BY_NAME[name].computed_from[0], skip)[first:] if alone else None
+        yield _Part(ROUNDED[products[-1]], slice(None), inputs)
     else:
         yield _Part("embedding", slice(None))
 

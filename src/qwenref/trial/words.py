@@ -3,7 +3,14 @@
 from collections.abc import Iterator, Sequence
 
 from qwenref.errors import printable
-from qwenref.trial.explanation import Cause, Explanation, Hidden, StageExplained, Verdict
+from qwenref.trial.explanation import (
+    Cause,
+    Explanation,
+    Hidden,
+    LayersExplanation,
+    StageExplained,
+    Verdict,
+)
 from qwenref.trial.recovery import in_words
 
 ORIGIN = ("added", "dumped_wrong")
@@ -12,10 +19,13 @@ SHOWN = 3
 """Mistakes that are told, of those too small to be seen."""
 
 PARTS = {
-    "norm": ("attn_norm",),
+    "norm": ("attn_norm", "ffn_norm", "final_norm"),
     "projections": ("qkv_matmul", "qkv_bias", "attn_out"),
     "RoPE": ("q_post_rope", "k_post_rope"),
     "attention": ("attn_scores", "attn_softmax", "attention"),
+    "MLP": ("ffn_gate", "ffn_up", "ffn_silu", "ffn_swigl", "ffn_out"),
+    "residual": ("post_attn_residual", "post_ffn_residual"),
+    "lm_head": ("lm_head",),
 }
 """What the stages are called together."""
 
@@ -40,29 +50,34 @@ def verdict_of(answer: Explanation) -> tuple[Verdict, str]:
         and (of.status == "blind" or (of.status == "unmeasured" and of.stage not in bridged))
     ]
     if open_:
-        return "incomplete", f"no stage is wrong, but {_listed(open_)} could not be judged"
+        return "incomplete", f"no stage is wrong, but {listed(open_)} could not be judged"
     noise = ", but for rounded weights" if answer.weight_noise else ""
     over = [of.stage for of in answer.stages if of.status == "unmeasured"]
-    across = f"; {_listed(over)} not dumped, and bridged" if over else ""
+    across = f"; {listed(over)} not dumped, and bridged" if over else ""
     return "agree", f"every stage follows from what it was computed from{noise}{across}"
 
 
 def summary_of(answer: Explanation) -> list[str]:
     """Return the last lines of the report."""
-    lines = [f"layer {answer.layer}: {answer.reason}", *_causes(answer.stages)]
+    lines = [f"{part_named(answer.layer)}: {answer.reason}", *causes_of(answer.stages)]
     if answer.tokens_recovered is not None:
         words = in_words(answer.tokens_recovered, answer.tokens or [])
         lines.append(words[0].upper() + words[1:] + ".")
     lines += _unseen(answer.stages)
-    computes = "; ".join(_computes(answer.stages))
-    if computes:
-        lines.append(f"Your engine computes: {computes}.")
+    how = "; ".join(computes(answer.stages))
+    if how:
+        lines.append(f"Your engine computes: {how}.")
     if answer.weight_noise is not None:
         lines.append(f"Its weights seem to be rounded {_bits(answer)}.")
     return lines
 
 
-def _causes(stages: Sequence[StageExplained]) -> Iterator[str]:
+def part_named(layer: int | None) -> str:
+    """Return what a layer is called, or what follows the last one."""
+    return "head" if layer is None else f"layer {layer}"
+
+
+def causes_of(stages: Sequence[StageExplained]) -> Iterator[str]:
     """Yield what the mistakes are; what is made in several stages, once."""
     by_text: dict[str, list[StageExplained]] = {}
     for of in stages:
@@ -74,7 +89,7 @@ def _causes(stages: Sequence[StageExplained]) -> Iterator[str]:
         one = (
             f"{found[0].stage} to"
             if len(found) == 1
-            else f"{_listed([of.stage for of in found])} to"
+            else f"{listed([of.stage for of in found])} to"
         )
         yield f"Cause: {text}: reproduces {one} {left:.2g}{others}."
     for of in stages:
@@ -83,7 +98,7 @@ def _causes(stages: Sequence[StageExplained]) -> Iterator[str]:
             yield f"Hidden under the noise of {of.stage}: {_certain(of.hidden)}{others}."
     unknown = [of.stage for of in stages if of.status in ORIGIN and of.cause is None]
     if unknown:
-        yield f"Cause: unknown, of {_listed(unknown)}."
+        yield f"Cause: unknown, of {listed(unknown)}."
 
 
 def _unseen(stages: Sequence[StageExplained]) -> Iterator[str]:
@@ -93,7 +108,7 @@ def _unseen(stages: Sequence[StageExplained]) -> Iterator[str]:
         return
     shown = [f"{of.text} ({of.tokens})" for of in found[:SHOWN]]
     more = [f"{len(found) - SHOWN} more"] if len(found) > SHOWN else []
-    yield f"Too small to be seen here, with fewer distinct tokens than: {_listed(shown + more)}."
+    yield f"Too small to be seen here, with fewer distinct tokens than: {listed(shown + more)}."
 
 
 def _blame(answer: Explanation) -> Iterator[str]:
@@ -102,12 +117,12 @@ def _blame(answer: Explanation) -> Iterator[str]:
     hidden = [of.stage for of in answer.stages if of.hidden is not None]
     if hidden:
         verb = "holds" if len(hidden) == 1 else "hold"
-        yield f"{_listed(hidden)} {verb} a mistake that is smaller than the noise of rounding."
+        yield f"{listed(hidden)} {verb} a mistake that is smaller than the noise of rounding."
     if added:
         verb = "adds" if len(added) == 1 else "add"
-        yield f"{_listed([_span(of) for of in added])} {verb} the error ({_sizes(added)})."
+        yield f"{listed([_span(of) for of in added])} {verb} the error ({_sizes(added)})."
     if wrong:
-        files = _listed([of.stage for of in wrong])
+        files = listed([of.stage for of in wrong])
         one = len(wrong) == 1
         yield (
             f"The file{'s' * (not one)} of {files} {'is' if one else 'are'} wrong, but what was "
@@ -132,7 +147,7 @@ def _span(of: StageExplained) -> str:
     """Return a stage, with what it was computed from if others lie between."""
     if not of.bridged or not of.computed_from:
         return of.stage
-    return f"{of.stage} (somewhere between {_listed(of.computed_from)} and it)"
+    return f"{of.stage} (somewhere between {listed(of.computed_from)} and it)"
 
 
 def _sizes(added: Sequence[StageExplained]) -> str:
@@ -142,14 +157,14 @@ def _sizes(added: Sequence[StageExplained]) -> str:
     floors = [of.floor for of in added if of.reason is None and of.floor is not None]
     words = [*reasons]
     if errors:
-        words.append(_listed(errors))
+        words.append(listed(errors))
     if floors:
         words.append(f"floor {max(floors):.1e}")
     patterns = {of.pattern for of in added if of.pattern}
     return "; ".join([*words, *(patterns if len(patterns) == 1 else ())])
 
 
-def _computes(stages: Sequence[StageExplained]) -> Iterator[str]:
+def computes(stages: Sequence[StageExplained]) -> Iterator[str]:
     """Yield for each part of the layer in which precision it is computed."""
     said: dict[str, list[str]] = {}
     for part, names in PARTS.items():
@@ -161,7 +176,7 @@ def _computes(stages: Sequence[StageExplained]) -> Iterator[str]:
             said.setdefault(", ".join(texts), []).append(part)
     for text, parts in said.items():
         cache = "attention" in parts and len(parts) == 1 and text == "operands rounded to float16"
-        yield f"{_listed(parts)}: {text}{' (f16 KV cache?)' if cache else ''}"
+        yield f"{listed(parts)}: {text}{' (f16 KV cache?)' if cache else ''}"
 
 
 def _precision(of: StageExplained) -> str:
@@ -171,14 +186,15 @@ def _precision(of: StageExplained) -> str:
 def _bits(answer: Explanation) -> str:
     """Return ``to about 4 bits: q and k; to about 6 bits: v``."""
     tensors: dict[int, list[str]] = {}
-    for name in ("embedding", "q", "k", "v", "o"):
+    for name in ("embedding", "q", "k", "v", "o", "gate", "up", "down", "lm_head"):
         bits = getattr(answer.weight_noise, name)
         if bits is not None:
             tensors.setdefault(round(bits), []).append(name)
-    return "; ".join(f"to about {bits} bits: {_listed(of)}" for bits, of in tensors.items())
+    return "; ".join(f"to about {bits} bits: {listed(of)}" for bits, of in tensors.items())
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Return names as ``a, b and c``."""
     *first, last = names
     return f"{', '.join(first)} and {last}" if first else last
 
@@ -187,35 +203,40 @@ def _range(names: Sequence[str], chain: Sequence[str]) -> str:
     """Return stages as ``a .. b`` if they follow each other."""
     if len(names) > 2 and [*names] == [*chain][chain.index(names[0]) :][: len(names)]:
         return f"{names[0]} .. {names[-1]}"
-    return _listed(names)
+    return listed(names)
 
 
 def report(answer: Explanation) -> str:
     """Return the whole report; its last lines are the summary."""
-    title = f"{answer.path}, layer {answer.layer}, against {answer.model or 'no model'}"
-    lines = [title, *_of_tokens(answer), ""]
-    columns = ("stage", "status", "added", "floor", "ratio", "total", "cosine", "layout")
-    rows = [_row(of) for of in answer.stages]
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
-    for of, row in zip((None, *answer.stages), (columns, *rows), strict=True):
-        lines.append("  ".join(map(str.ljust, row, widths)).rstrip())
-        if of is not None:
-            lines += [f"    {note}" for note in _notes(of)]
-    failing = [check for check in answer.checks if check.status == "fails"]
-    lines += [f"check fails: {check.name} (off by {_number(check.value)})" for check in failing]
-    lines += ["", *last_lines(answer)]
+    title = f"{answer.path}, {part_named(answer.layer)}, against {answer.model or 'no model'}"
+    lines = [title, *of_tokens(answer), "", *table(answer), "", *last_lines(answer)]
     if answer.reference is not None:
         lines += ["", *report(answer.reference).splitlines(), "", CONVICTED[answer.convicted]]
     return "\n".join(printable(line) for line in lines)
 
 
-def last_lines(answer: Explanation) -> list[str]:
+def table(answer: Explanation) -> Iterator[str]:
+    """Yield a line for each stage, what there is to say of it, and the checks that fail."""
+    columns = ("stage", "status", "added", "floor", "ratio", "total", "cosine", "layout")
+    rows = [_row(of) for of in answer.stages]
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    for of, row in zip((None, *answer.stages), (columns, *rows), strict=True):
+        yield "  ".join(map(str.ljust, row, widths)).rstrip()
+        if of is not None:
+            yield from (f"    {note}" for note in _notes(of))
+    for check in answer.checks:
+        if check.status == "fails":
+            yield f"check fails: {check.name} (off by {_number(check.value)})"
+
+
+def last_lines(answer: Explanation | LayersExplanation) -> list[str]:
     """Return the verdict, and what it means, in words."""
     first, *others = answer.summary
     return [f"{answer.verdict.upper()}: {first}", *others]
 
 
-def _of_tokens(answer: Explanation) -> Iterator[str]:
+def of_tokens(answer: Explanation | LayersExplanation) -> Iterator[str]:
+    """Yield which tokens a dump was compared for, and how those are known."""
     if answer.tokens is None:
         return
     shown = ", ".join(map(str, answer.tokens[:12]))
@@ -259,7 +280,7 @@ def _notes(of: StageExplained) -> Iterator[str]:
         told = f"; {other.told_by} would tell" if other.told_by else ", and on other prompts"
         yield f"or {other.text}: the same here{told}"
     if of.bridged and of.computed_from:
-        yield f"computed from {_listed(of.computed_from)}: {_listed(of.bridged)} cannot be read"
+        yield f"computed from {listed(of.computed_from)}: {listed(of.bridged)} cannot be read"
     for at, dialect in enumerate(of.dialects):
         yield f"{'or ' * (at > 0)}{dialect.text}: leaves {_number(dialect.error_after)}"
 
