@@ -20,7 +20,8 @@ import numpy as np
 from qwenref.mistakes.catalogue import MISTAKES
 from qwenref.mistakes.mistake import CannotBe, Mistake, Setting
 from qwenref.oracle import computing
-from qwenref.selftest import SHAPES, Cell, Field, Plant
+from qwenref.planting import Plant
+from qwenref.selftest import SHAPES, Cell, Field
 
 RESULT = Path(__file__).resolve().parents[1] / "docs" / "smallest.json"
 
@@ -87,7 +88,7 @@ def seen(field: Field, plant: Plant) -> str:
     ground = field.ground(plant)
     arrays, _ = ground.grown(plant)
     with tempfile.TemporaryDirectory() as folder:
-        answer = ground.explained(arrays, Path(folder), "hf")
+        answer = field.explained(ground, arrays, Path(folder), "hf")
     if not answer.origins:
         return "no"
     return "hidden" if any(of.hidden for of in answer.stages) else "seen"

@@ -6,38 +6,27 @@ from itertools import islice, product
 from pathlib import Path
 from shutil import rmtree
 from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from qwenref.dumps.layout import LAYOUTS
-from qwenref.dumps.naming import names_from
-from qwenref.dumps.reading import Dump, read_dump
-from qwenref.dumps.tree import StageWriter
-from qwenref.judge.alignment import side_of
 from qwenref.mistakes.catalogue import MISTAKES
-from qwenref.mistakes.mistake import CannotBe, Mistake
+from qwenref.mistakes.mistake import CannotBe
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.random_checkpoint import Shape, write
-from qwenref.model.weights import read_embedding
 from qwenref.oracle import computing
-from qwenref.stages import ATTENTION, HEAD, LAST_LOGITS, LEAVING, RESIDUAL
-from qwenref.trial.case import Case, Place
-from qwenref.trial.dialects import EXACT, Dialect, result_dialects
-from qwenref.trial.executed import Found, planted_as
-from qwenref.trial.explain import explain
+from qwenref.planting import HEALTHY, Engine, Ground, Plant
+from qwenref.stages import ATTENTION, HEAD, LEAVING, RESIDUAL
+from qwenref.trial.case import Place
+from qwenref.trial.explain import explain, explain_layers
 from qwenref.trial.explanation import Explanation
 from qwenref.trial.findings import label
-from qwenref.trial.inquiry import part_of
-from qwenref.trial.laying_out import readings
-from qwenref.trial.replay import Replay
-from qwenref.trial.residual import row_of, weighed
-from qwenref.trial.tensors import Tensors
 
 SHAPES = {
-    "84 wide, 6 heads, 2 key heads": Shape(84, 6, 2, 152, 2, 320),
-    "72 wide, 4 heads, 4 key heads": Shape(72, 4, 4, 16, 2, 320, head_dim=18),
-    "128 wide, 4 heads of 64, 2 key heads": Shape(128, 4, 2, 16, 2, 320, head_dim=64),
+    "84 wide, 6 heads, 2 key heads": Shape(84, 6, 2, 152, 3, 320),
+    "72 wide, 4 heads, 4 key heads": Shape(72, 4, 4, 16, 3, 320, head_dim=18),
+    "128 wide, 4 heads of 64, 2 key heads": Shape(128, 4, 2, 16, 3, 320, head_dim=64),
 }
 LENGTHS = (2, 7, 24)
 DTYPES = ("float32", "bfloat16", "float16")
@@ -58,36 +47,6 @@ PROMISED = {
 """By what the engine computes in. Where results are rounded, what is barely visible may be taken
 for another way to round. What is measured, which is more, has docs/benchmarks.md.
 """
-
-
-class Plant(NamedTuple):
-    """What is planted, and where.
-
-    Attributes:
-        mistake: Which.
-        value: Of a family.
-        stages: Where: one of those where it can be made, or all of them.
-    """
-
-    mistake: Mistake
-    value: Any
-    stages: tuple[str, ...]
-
-    @property
-    def text(self) -> str:
-        """What it is, in words; of what depends on sizes, nothing."""
-        if callable(self.value):
-            return ""
-        return Found(self.mistake, "", self.value, EXACT, 0.0).text
-
-    def __str__(self) -> str:
-        return f"{self.mistake.id} in {' and '.join(self.stages)}" + (
-            f" ({self.text})" if self.text else ""
-        )
-
-
-HEALTHY = Plant(Mistake("none", (), "nothing", "", "", lambda s: s.right(*s.given)), None, ())
-"""An engine without any mistake."""
 
 
 class Cell(NamedTuple):
@@ -140,102 +99,11 @@ def plants() -> Iterator[Plant]:
                 yield Plant(mistake, value, stages)
 
 
-class Ground:
-    """A part of a model with what enters it, in which mistakes are planted.
-
-    Attributes:
-        place: Which part.
-        tensors: What else engines may take.
-    """
-
-    def __init__(self, case: Case, place: Place, stream: np.ndarray, dtype: str):
-        """Read the weights.
-
-        Args:
-            case: The model and the prompt.
-            place: Which part.
-            stream: What enters it.
-            dtype: What the engine computes in.
-        """
-        self.place, self._dtype, self._case, self._stream = place, dtype, case, stream
-        self._part, weights = part_of(case, place, whole=True)
-        number = case.config.num_hidden_layers if place is None else place
-        self.tensors = Tensors(case.config, weights, case.checkpoint, number, case.tokens or ())
-
-    def grown(self, plant: Plant) -> tuple[dict[str, np.ndarray], set[str]]:
-        """Return the arrays of an engine with a mistake or none, and the stages in which it shows.
-
-        Raises:
-            CannotBe: It cannot be made here.
-        """
-        replay = Replay(self._part, len(self._stream), self._stream)
-        (span,) = replay.spans
-        arrays, visible, made = {}, set(), 0
-        for name in replay.chain:
-            dialect = self._dialect(name)
-            if name in plant.stages:
-                dialect = planted_as(plant.mistake, plant.value, name, dialect, self.tensors)
-            try:
-                values = replay.compute(name, span, dialect=dialect)
-                made += name in plant.stages
-            except CannotBe:
-                values = replay.compute(name, span, dialect=self._dialect(name))
-            arrays[name] = _dumped(name, values)
-            self._hold(replay, name, arrays[name])
-            if (
-                name in plant.stages
-                and not weighed(replay, name, dialect=self._dialect(name)).agrees
-            ):
-                visible.add(name)
-            if plant.mistake.in_file and name in plant.stages:
-                values = replay.compute(name, span, dialect=self._dialect(name))
-                self._hold(replay, name, _dumped(name, values))
-        if plant.stages and not made:
-            raise CannotBe
-        return arrays, visible
-
-    def _hold(self, replay: Replay, name: str, values: np.ndarray) -> None:
-        stage = row_of(name)
-        dump = read_dump({stage.name: values}, names_from(None))
-        (key,) = dump.stages
-        way = readings(stage, side_of(dump, key), replay.sizes)[0]
-        used = name == "attn_softmax" and way.masked_cells_are_used()
-        replay.hold(name, replace(way, masks=not used))
-
-    def _dialect(self, name: str) -> Dialect:
-        if self._dtype == "float32":
-            return EXACT
-        return next(iter(result_dialects(name, (), self._dtype, stored=True)))
-
-    def explained(self, arrays: dict[str, np.ndarray], folder: Path, layout: str) -> Explanation:
-        """Dump arrays without a manifest, and explain them."""
-        T = len(self._stream)
-        sizes = self._case.config.sizes | {"T": T, "S": T}
-        for name, values in arrays.items():
-            layer, _ = self._case.key(self.place, name)
-            stage = LAST_LOGITS if name == LAST_LOGITS.name else row_of(name)
-            if name == RESIDUAL and self.place != 0:
-                stage = LEAVING
-            arrange = LAYOUTS[layout]
-            if name == "attn_softmax":  # an engine without a mask shows it there
-                arrange = replace(arrange, masks_scores=False)
-            with StageWriter(folder, layer, stage, sizes, arrange) as writer:
-                writer.write(values)
-                writer.finish()
-        model = None if self._case.checkpoint is None else self._case.checkpoint.directory
-        return explain(folder, model=model, tokens=self._case.tokens, layer=self.place)
-
-
-def _dumped(name: str, values: np.ndarray) -> np.ndarray:
-    """Return a stage as engines dump it: of the logits those of the last token."""
-    return (values[-1] if name == LAST_LOGITS.name else values).astype(np.float32)
-
-
 class Field:
-    """One model and prompt; within `computing("float64", ...)`."""
+    """An engine without mistakes, and the parts of it in which mistakes are planted."""
 
     def __init__(self, folder: Path, cell: Cell):
-        """Make the model, and run it without any mistake.
+        """Make the model, and run it.
 
         Args:
             folder: Where to; it is made.
@@ -243,22 +111,31 @@ class Field:
         """
         # where precision matters the weights must not be rounded
         write(folder, SHAPES[cell.shape], dtype=cell.dtype)
-        checkpoint = Checkpoint(folder)
-        rng = np.random.default_rng(cell.T)
-        tokens = rng.integers(checkpoint.config.vocab_size, size=cell.T).tolist()
-        case = Case(Dump("", None, {}, {}), checkpoint, checkpoint.config, tokens, "given")
-        stream, _ = read_embedding(checkpoint, tokens)
+        self.model = folder
+        self.tokens = _tokens(folder, cell.T)
+        engine, stream = Engine(folder, self.tokens, cell.dtype), None
         self._grounds: dict[Place, Ground] = {}
-        for layer in range(checkpoint.config.num_hidden_layers):
-            self._grounds[layer] = ground = Ground(case, layer, stream, cell.dtype)
-            stream = ground.grown(HEALTHY)[0][LEAVING.name]
-        self._grounds[None] = Ground(case, None, stream, cell.dtype)
+        for place in engine.places:
+            self._grounds[place] = ground = engine.ground(place, stream)
+            stream = ground.grown(HEALTHY)[0].get(LEAVING.name)
 
     def ground(self, plant: Plant) -> Ground:
         """Return where a mistake is planted: those of attention, and none, in layer 0."""
         if not plant.stages or {*plant.stages} & BEGINNING:
             return self._grounds[0]
         return self._grounds[None if {*plant.stages} & OF_HEAD else MIDDLE]
+
+    def explained(
+        self, ground: Ground, arrays: dict[str, np.ndarray], folder: Path, layout: str
+    ) -> Explanation:
+        """Dump the arrays of a part, and explain them."""
+        ground.write(arrays, folder, layout)
+        return explain(folder, model=self.model, tokens=self.tokens, layer=ground.place)
+
+
+def _tokens(model: Path, T: int) -> list[int]:
+    vocabulary = Checkpoint(model).config.vocab_size
+    return np.random.default_rng(T).integers(vocabulary, size=T).tolist()
 
 
 BEGINNING = {RESIDUAL, *(stage.name for stage in ATTENTION)}
@@ -267,15 +144,21 @@ MIDDLE = 1
 """The layer in which mistakes of the MLP and the residual are planted."""
 
 
-def outcome_of(ground: Ground, plant: Plant, layout: str, folder: Path) -> Outcome | None:
+def outcome_of(field: Field, plant: Plant, layout: str, folder: Path) -> Outcome | None:
     """Plant a mistake, dump, explain; None if it cannot be made here."""
+    ground = field.ground(plant)
     try:
         arrays, visible = ground.grown(plant)
     except CannotBe:
         return None
-    answer = ground.explained(arrays, folder, layout)
+    answer = field.explained(ground, arrays, folder, layout)
+    return _outcome(plant, layout, visible, answer)
+
+
+def _outcome(plant: Plant, layout: str, visible: set[str], answer: Explanation) -> Outcome:
+    """Say what became of a plant in one part."""
     expected, made = (
-        {label(name, ground.place) for name in names} for names in (visible, plant.stages)
+        {label(name, answer.layer) for name in names} for names in (visible, plant.stages)
     )
     origins, hidden = {*answer.origins}, {of.stage for of in answer.stages if of.hidden is not None}
     found = {
@@ -319,10 +202,71 @@ def outcomes_in(cell: Cell, every: int = 1, first: int = 0) -> Iterator[Outcome]
         for number, plant in enumerate((HEALTHY, *chosen)):
             dump = Path(folder) / "dump"
             dump.mkdir()
-            outcome = outcome_of(field.ground(plant), plant, [*LAYOUTS][number % 2], dump)
+            outcome = outcome_of(field, plant, [*LAYOUTS][number % 2], dump)
             rmtree(dump)
             if outcome is not None:
                 yield outcome
+
+
+DEEP = Cell("84 wide, 6 heads, 2 key heads", 7, "float32")
+LAYERS = 6
+"""Of the model in which mistakes are planted two at a time."""
+
+IN_DEPTH = {
+    "attn_norm": "norm-weight-forgotten",
+    "qkv_matmul": "projection-untransposed",
+    "qkv_bias": "bias-missing",
+    "q_post_rope": "rope-interleaved",
+    "attn_scores": "scores-scale",
+    "attn_softmax": "mask-missing",
+    "attention": "values-keys",
+    "attn_out": "output-untransposed",
+    "post_attn_residual": "residual-missing",
+    "ffn_norm": "norm-of-stream",
+    "ffn_gate": "mlp-swapped",
+    "ffn_silu": "silu-other",
+    "ffn_swigl": "product-unactivated",
+    "ffn_out": "down-untransposed",
+    "post_ffn_residual": "layer-skipped",
+}
+"""Mistakes that are planted there, by the stage where they are made, or begin."""
+
+IN_HEAD = {"final_norm": "norm-skipped", "lm_head": "head-untransposed"}
+
+
+def outcomes_in_depth(cell: Cell = DEEP, layers: int = LAYERS) -> Iterator[Outcome]:
+    """Plant two mistakes in different layers, or in one and the head; first of all none.
+
+    The whole model is dumped and explained, and of each of its parts it is found out what became of
+    what was planted there.
+    """
+    with TemporaryDirectory() as folder, computing("float64", "cpu"):
+        model = Path(folder) / "model"
+        write(model, replace(SHAPES[cell.shape], num_hidden_layers=layers), dtype=cell.dtype)
+        tokens = _tokens(model, cell.T)
+        engine = Engine(model, tokens, cell.dtype)
+        for number, pair in enumerate(({}, *_pairs(layers))):
+            dump, layout = Path(folder) / "dump", [*LAYOUTS][number % 2]
+            dump.mkdir()
+            visible = engine.dump(pair, dump, layout)
+            answer = explain_layers(dump, model=model, tokens=tokens)
+            for part in answer.parts:
+                plant = pair.get(part.layer, HEALTHY)
+                yield _outcome(plant, layout, visible[part.layer], part)
+            rmtree(dump)
+
+
+def _pairs(layers: int) -> Iterator[dict[Place, Plant]]:
+    """Yield two mistakes by the parts where they are made."""
+    first_of = {(plant.mistake.id, plant.stages[0]): plant for plant in [*plants()][::-1]}
+    in_layers, in_head = (
+        [first_of[id_, name] for name, id_ in of.items()] for of in (IN_DEPTH, IN_HEAD)
+    )
+    for number, first in enumerate(in_layers):
+        layer = 1 + number % (layers - 3)
+        yield {layer: first, layer + 2: in_layers[number - 5]}
+    for number, last in enumerate(in_head):
+        yield {number: in_layers[-1 - number], None: last}
 
 
 class Score(NamedTuple):

@@ -76,7 +76,7 @@ def test_mistakes_have_names_of_their_own_and_all_are_planted() -> None:
 @pytest.mark.parametrize("number", range(len(SHAPES)))
 def test_a_sample_of_what_we_plant(number: int) -> None:
     cell = Cell([*SHAPES][number], LENGTHS[number], "float32")
-    outcomes = [*outcomes_in(cell, every=9, first=number)]
+    outcomes = [*outcomes_in(cell, every=18, first=number)]
     wrong = [of for of in outcomes if not (of.localised and of.named == (of.visible or of.hidden))]
     assert not wrong
     assert sum(of.visible for of in outcomes) > len(outcomes) / 2
@@ -87,4 +87,9 @@ def test_the_command() -> None:
         [sys.executable, "-m", "qwenref", "selftest"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.splitlines()[-1] == ("As many mistakes are found and named as is promised.")
+    *_, in_depth, last = done.stdout.splitlines()
+    assert in_depth.split()[-6:] == ["34", "34", "34", "0", "0", "0"]
+        *["6", "layers,", "two", "mistakes", "each"],
+        *["34", "34", "34", "0", "0", "0"],
+    ]
+    assert last == "As many mistakes are found and named as is promised."

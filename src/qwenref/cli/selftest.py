@@ -20,22 +20,32 @@ def selftest(
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with ready_for_jax("cpu"), Interrupts() as interrupts:
-        from qwenref.selftest import PROMISED, cells, outcomes_in, score_of
+        from qwenref.selftest import (
+            DEEP,
+            LAYERS,
+            PROMISED,
+            cells,
+            outcomes_in,
+            outcomes_in_depth,
+            score_of,
+        )
 
         with interrupts.let_through():
             found, met = [], True
+            rows = [(str(cell), cell.dtype, outcomes_in(cell)) for cell in cells(full=full)]
+            rows.append((f"{LAYERS} layers, two mistakes each", DEEP.dtype, outcomes_in_depth()))
             typer.echo(f"{'':56}visible  found  named  invisible  hidden  false alarms")
-            for cell in cells(full=full):
+            for name, dtype, outcomes in rows:
                 here = []
                 with shown_progress(quiet=False) as progress:
-                    for of in outcomes_in(cell):
+                    for of in outcomes:
                         here.append(of)
-                        progress.step(f"{cell}: {of.plant}")
+                        progress.step(f"{name}: {of.plant}")
                 found += here
                 score = score_of(here)
-                met = met and score.meets(PROMISED[cell.dtype])
+                met = met and score.meets(PROMISED[dtype])
                 typer.echo(
-                    f"{cell!s:56}{score.visible:7}{score.localised:7}{score.named:7}"
+                    f"{name:56}{score.visible:7}{score.localised:7}{score.named:7}"
                     f"{score.invisible:11}{score.hidden:8}{score.false_alarms:14}"
                 )
                 for of in here:

@@ -11,9 +11,9 @@ import numpy as np
 
 from qwenref.metrics import cells_of
 from qwenref.mistakes.mistake import CannotBe, Mistake, Setting, needs
-from qwenref.stages import ATTENTION, BY_NAME, EMBEDDING, RESIDUAL, Stage
+from qwenref.stages import BY_NAME, EMBEDDING, HEAD, LAYER, RESIDUAL, Stage
 
-STAGES = (RESIDUAL, *(stage.name for stage in ATTENTION))
+STAGES = (RESIDUAL, *(stage.name for stage in (*LAYER, *HEAD)))
 
 ENOUGH = 3
 """Values for each number that is fitted: two always fit a factor and an offset."""
@@ -37,6 +37,15 @@ SAME_SHAPE = {
     "attn_softmax": ("attn_scores",),
     "attention": (RESIDUAL, "attn_norm", "q_post_rope", "attn_out"),
     "attn_out": (RESIDUAL, "attn_norm", "attention"),
+    "post_attn_residual": (RESIDUAL, "attn_out", "attn_norm", "attention"),
+    "ffn_norm": (RESIDUAL, "post_attn_residual", "attn_norm", "attn_out"),
+    "ffn_gate": ("ffn_up",),
+    "ffn_up": ("ffn_gate",),
+    "ffn_silu": ("ffn_gate", "ffn_up"),
+    "ffn_swigl": ("ffn_gate", "ffn_up", "ffn_silu"),
+    "ffn_out": (RESIDUAL, "post_attn_residual", "ffn_norm", "attn_out"),
+    "post_ffn_residual": (RESIDUAL, "post_attn_residual", "ffn_norm", "ffn_out"),
+    "final_norm": (RESIDUAL,),
 }
 """Stages whose values may lie in the place of another's, if sizes are equal."""
 
@@ -401,7 +410,10 @@ MISTAKES = (
         _of_stage,
         stages=tuple(SAME_SHAPE),
         values=_nearest_stage,
-        planted=("qkv_matmul", "qkv_bias", RESIDUAL, "attn_norm", "attn_scores", "attn_softmax"),
+        planted=(
+            *("qkv_matmul", "qkv_bias", RESIDUAL, "attn_norm", "attn_scores", "attn_softmax"),
+            *("post_attn_residual", "ffn_norm", "ffn_gate", "ffn_up"),
+        ),
         in_file=True,
     ),
     _anywhere(
@@ -464,7 +476,7 @@ MISTAKES = (
         "transposed in memory: [C, T] as if it were [T, C]",
         "y.T",
         _transposed,
-        stages=(RESIDUAL, "attn_norm", "qkv_matmul", "attention"),
+        stages=(RESIDUAL, "attn_norm", "qkv_matmul", "attention", "ffn_gate", "ffn_out"),
         general=True,
     ),
     _anywhere(

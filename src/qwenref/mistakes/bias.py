@@ -1,15 +1,18 @@
 """Mistakes in adding the biases of q, k and v."""
 
 from collections.abc import Callable
-from itertools import permutations
+from itertools import permutations, product
 
 import numpy as np
 
+from qwenref.mistakes.beside import SIDES
 from qwenref.mistakes.mistake import Mistake, Setting, any_of, needs
 from qwenref.mistakes.projections import (
     BLOCKS,
     SUBSETS,
+    Beside,
     Shift,
+    beside_named,
     block,
     named,
     of_pairs,
@@ -49,8 +52,9 @@ def _shifted(s: Setting, by: Shift) -> np.ndarray:
     return s.given[0] + shifted(s, _bias(s), by)
 
 
-def _of_next_layer(s: Setting, blocks: tuple[str, ...]) -> np.ndarray:
-    bias, other = _bias(s), _bias(s, 1)
+def _of_layer(s: Setting, of: Beside) -> np.ndarray:
+    blocks, side = of
+    bias, other = _bias(s), _bias(s, side)
     for name in blocks:
         bias[block(s, name)] = other[block(s, name)]
     return s.given[0] + bias
@@ -154,15 +158,15 @@ MISTAKES = (
         said=shift_named,
     ),
     Mistake(
-        "bias-of-next-layer",
+        "bias-of-other-layer",
         STAGE,
-        "biases of {} from the next layer",
-        "b of layer + 1",
+        "biases of {}",
+        "b of layer + 1 or layer - 1",
         "the same offset in every token",
-        _of_next_layer,
-        any_of(*SUBSETS),
-        planted=(BLOCKS, ("k",)),
-        said=named,
+        _of_layer,
+        any_of(*product(SUBSETS, SIDES)),
+        planted=((BLOCKS, 1), (("k",), 1)),
+        said=beside_named,
     ),
     Mistake(
         "bias-first-token",

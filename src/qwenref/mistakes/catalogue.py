@@ -4,12 +4,15 @@ from qwenref.mistakes import (
     anywhere,
     bias,
     embedding,
+    feed_forward,
+    head,
     norm,
     output,
     projections,
     rope,
     scores,
     softmax,
+    stream,
     values,
 )
 from qwenref.mistakes.mistake import Mistake
@@ -17,7 +20,8 @@ from qwenref.mistakes.mistake import Mistake
 MISTAKES: tuple[Mistake, ...] = tuple(
     mistake
     for module in (
-        *(embedding, norm, projections, bias, rope, scores, softmax, values, output, anywhere),
+        *(embedding, norm, projections, bias, rope, scores, softmax, values, output),
+        *(stream, feed_forward, head, anywhere),
     )
     for mistake in module.MISTAKES
 )

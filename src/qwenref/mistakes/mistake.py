@@ -24,9 +24,10 @@ class Setting:
         rows: Another stage, for these tokens.
         everywhere: Another stage, for all tokens.
         unmasked: Scores of these queries, with what they do not see, [N, T, S].
-        tensor: A vector of the checkpoint, by its field of `AttentionWeights`, or by another name
-            within the layer; of a layer, counted from this one.
+        tensor: A vector of the checkpoint, by its name in `qwenref.trial.tensors`; of a layer,
+            counted from this one.
         table: Another table's rows of these tokens, [T, D], by its name in the checkpoint.
+        again: What leaves the layer if that enters it, of all tokens.
         product: x @ W.T, where W is found like a vector; or x @ W, as W lies in memory.
     """
 
@@ -42,6 +43,7 @@ class Setting:
     unmasked: Callable[[], np.ndarray]
     tensor: Callable[..., np.ndarray]
     table: Callable[[str], np.ndarray]
+    again: Callable[[np.ndarray], np.ndarray]
     product: Callable[..., np.ndarray]
 
 

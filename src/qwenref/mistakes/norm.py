@@ -5,9 +5,15 @@ from collections.abc import Iterator
 import numpy as np
 
 from qwenref.mistakes.mistake import Mistake, Setting, any_of, needs
-from qwenref.stages import RESIDUAL
+from qwenref.stages import BY_NAME, RESIDUAL
 
-STAGE = ("attn_norm",)
+STAGE = ("attn_norm", "ffn_norm", "final_norm")
+WEIGHT = {"attn_norm": "norm", "ffn_norm": "ffn_norm", "final_norm": "final_norm"}
+"""The weight of each norm, by its name in `qwenref.trial.tensors`."""
+
+POINT = {"attn_norm": "normed", "ffn_norm": "ffn_normed", "final_norm": "final_normed"}
+"""Where x / rms is rounded, if it is."""
+
 EPS = (1e-5, 1e-6, 0.0, 1e-8, 1e-12, 1e-7, 1e-3)
 """Defaults of other models and libraries."""
 
@@ -20,9 +26,18 @@ def _scaled(
     s: Setting, x: np.ndarray, square: np.ndarray, weight: np.ndarray | None = None
 ) -> np.ndarray:
     """Return x / sqrt(square) * w."""
-    w = s.tensor("norm") if weight is None else weight
+    w = _own_weight(s) if weight is None else weight
     normed = np.divide(x, np.sqrt(square), out=np.zeros_like(x), where=square > 0)
-    return s.rounded("normed", normed) * w
+    return s.rounded(POINT[s.stage], normed) * w
+
+
+def _own_weight(s: Setting) -> np.ndarray:
+    return s.tensor(WEIGHT[s.stage])
+
+
+def _stream(s: Setting) -> np.ndarray:
+    """Return what is normalised, of all tokens."""
+    return s.everywhere(BY_NAME[s.stage].computed_from[0])
 
 
 def _with_eps(s: Setting, eps: float) -> np.ndarray:
@@ -37,7 +52,7 @@ def _eps_values(s: Setting, dumped: np.ndarray | None) -> Iterator[float]:
     if dumped is None:
         return
     (x,) = s.given
-    along = x * s.tensor("norm")
+    along = x * _own_weight(s)
     factors = np.vecdot(along, dumped) / np.vecdot(along, along)
     with np.errstate(divide="ignore", invalid="ignore"):
         eps = 1 / np.square(factors) - _mean_square(x)[:, 0]
@@ -101,21 +116,21 @@ def _no_root(s: Setting) -> np.ndarray:
 def _over_tokens(s: Setting) -> np.ndarray:
     needs(s.sizes["T"] > 1)
     (x,) = s.given
-    square = np.mean(np.square(s.everywhere(RESIDUAL)), axis=0)
+    square = np.mean(np.square(_stream(s)), axis=0)
     return _scaled(s, x, np.broadcast_to(square + s.config.rms_norm_eps, x.shape))
 
 
 def _over_all(s: Setting) -> np.ndarray:
     needs(s.sizes["T"] > 1)
     (x,) = s.given
-    square = np.mean(np.square(s.everywhere(RESIDUAL)), keepdims=True)
+    square = np.mean(np.square(_stream(s)), keepdims=True)
     return _scaled(s, x, np.broadcast_to(square + s.config.rms_norm_eps, (len(x), 1)))
 
 
 def _of_token(s: Setting, token: int) -> np.ndarray:
     needs(s.sizes["T"] > 1)
     (x,) = s.given
-    row = s.everywhere(RESIDUAL)[token]
+    row = _stream(s)[token]
     return _scaled(s, x, np.full((len(x), 1), np.mean(np.square(row)) + s.config.rms_norm_eps))
 
 
@@ -142,12 +157,44 @@ def _skipped(s: Setting) -> np.ndarray:
 
 
 def _weight_alone(s: Setting) -> np.ndarray:
-    return s.given[0] * s.tensor("norm")
+    return s.given[0] * _own_weight(s)
+
+
+Other = tuple[str, int]
+"""A weight, and how many layers further on."""
+
+OTHERS: dict[str, tuple[Other, ...]] = {
+    "attn_norm": (("ffn_norm", 0), ("norm", 1), ("norm", -1), ("ffn_norm", -1), ("final_norm", 0)),
+    "ffn_norm": (("norm", 0), ("ffn_norm", 1), ("ffn_norm", -1), ("norm", 1), ("final_norm", 0)),
+    "final_norm": (("ffn_norm", -1), ("norm", -1)),
+}
+
+
+def _of_other(s: Setting, other: Other) -> np.ndarray:
+    needs(other in OTHERS[s.stage])
+    return _weight(s, s.tensor(*other))
+
+
+def _other_named(other: Other) -> str:
+    name, beside = other
+    of = {"norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}.get(name)
+    layer = {0: "", 1: " of the next layer", -1: " of the layer before"}[beside]
+    return "the final norm" if of is None else of + layer
+
+
+def _of_stream(s: Setting, name: str) -> np.ndarray:
+    needs(s.stage == "ffn_norm")
+    return s.right(s.rows(name))
+
+
+def _of_repeated(s: Setting) -> np.ndarray:
+    needs(s.stage == "attn_norm" and len(s.positions) == s.sizes["T"])
+    return s.right(s.again(s.given[0]))
 
 
 def _before(s: Setting) -> np.ndarray:
     (x,) = s.given
-    x = x * s.tensor("norm")
+    x = x * _own_weight(s)
     return _scaled(s, x, _mean_square(x) + s.config.rms_norm_eps, np.ones(s.sizes["D"]))
 
 
@@ -284,7 +331,7 @@ MISTAKES = (
         "1 + w instead of w, as Gemma stores its norms",
         "x / sqrt(mean(x**2) + eps) * (1 + w)",
         "a factor per channel, the same for all tokens",
-        lambda s: _weight(s, 1 + s.tensor("norm")),
+        lambda s: _weight(s, 1 + _own_weight(s)),
     ),
     Mistake(
         "norm-two-plus-weight",
@@ -292,7 +339,7 @@ MISTAKES = (
         "2 + w instead of w: Gemma's 1 is added twice",
         "x / sqrt(mean(x**2) + eps) * (2 + w)",
         "a factor per channel, the same for all tokens",
-        lambda s: _weight(s, 2 + s.tensor("norm")),
+        lambda s: _weight(s, 2 + _own_weight(s)),
     ),
     Mistake(
         "norm-weight-twice",
@@ -300,7 +347,7 @@ MISTAKES = (
         "the norm's weight applied twice",
         "x / sqrt(mean(x**2) + eps) * w * w",
         "a factor per channel, the same for all tokens",
-        lambda s: _weight(s, np.square(s.tensor("norm"))),
+        lambda s: _weight(s, np.square(_own_weight(s))),
     ),
     Mistake(
         "norm-weight-first",
@@ -311,20 +358,37 @@ MISTAKES = (
         _before,
     ),
     Mistake(
-        "norm-of-mlp",
+        "norm-of-other",
         STAGE,
-        "the weight of post_attention_layernorm instead of input_layernorm",
+        "the weight of another norm: {}",
         "x / sqrt(mean(x**2) + eps) * w'",
         "a factor per channel, the same for all tokens",
-        lambda s: _weight(s, s.tensor("ffn_norm")),
+        _of_other,
+        lambda s, _: OTHERS[s.stage],
+        planted=(("ffn_norm", 0), ("norm", 0), ("norm", 1), ("ffn_norm", -1), ("final_norm", 0)),
+        said=_other_named,
     ),
     Mistake(
-        "norm-of-next-layer",
-        STAGE,
-        "the norm's weight of the next layer",
-        "x / sqrt(mean(x**2) + eps) * w of layer + 1",
-        "a factor per channel, the same for all tokens",
-        lambda s: _weight(s, s.tensor("norm", 1)),
+        "norm-of-stream",
+        ("ffn_norm",),
+        "the second norm of {}",
+        "norm of another array",
+        "nothing alike",
+        _of_stream,
+        any_of(RESIDUAL, "attn_out"),
+        planted=(RESIDUAL, "attn_out"),
+        said={
+            RESIDUAL: "what entered the layer: attention and MLP side by side",
+            "attn_out": "attn_out, without the residual",
+        }.__getitem__,
+    ),
+    Mistake(
+        "norm-of-repeated",
+        ("attn_norm",),
+        "the norm of what leaves the layer: it is run twice",
+        "norm(f(x))",
+        "nothing alike",
+        _of_repeated,
     ),
     Mistake(
         "norm-twice",
@@ -345,9 +409,9 @@ MISTAKES = (
     Mistake(
         "norm-skipped",
         STAGE,
-        "the norm is skipped: the stream as it enters the layer",
+        "the norm is skipped",
         "x",
-        "equal to the embedding",
+        "equal to the stream",
         _skipped,
     ),
 )

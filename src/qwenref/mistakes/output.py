@@ -4,16 +4,14 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from qwenref.mistakes.beside import of_layer_beside
 from qwenref.mistakes.mistake import Mistake, Setting, any_of, needs
-from qwenref.mistakes.projections import PARTS, of_pairs, part_named, without_inputs
+from qwenref.mistakes.products import of_beside, of_products
+from qwenref.mistakes.projections import of_pairs
 from qwenref.mistakes.values import in_order
 from qwenref.stages import RESIDUAL
 
 STAGE = ("attn_out",)
-
-
-def _untransposed(s: Setting) -> np.ndarray:
-    return s.product(s.given[0], "o_proj", as_it_lies=True)
 
 
 def _skipped(s: Setting) -> np.ndarray:
@@ -80,13 +78,6 @@ def _pairs(s: Setting, to: bool) -> np.ndarray:
     return s.right(x[:, of_pairs(s, x.shape[1], to=to)])
 
 
-def _shifted(s: Setting, how: tuple[str, int]) -> np.ndarray:
-    what, by = how
-    if what == "rows":
-        return np.roll(s.right(*s.given), by, axis=1)
-    return s.right(np.roll(s.given[0], -by, axis=1))
-
-
 def _shifts(s: Setting, _: np.ndarray | None) -> Iterator[tuple[str, int]]:
     for by in (1, s.sizes["H"]):
         for what in ("rows", "columns"):
@@ -94,14 +85,8 @@ def _shifts(s: Setting, _: np.ndarray | None) -> Iterator[tuple[str, int]]:
 
 
 MISTAKES = (
-    Mistake(
-        "output-untransposed",
-        STAGE,
-        "the weight not transposed: read as [in, out], not as [out, in]",
-        "x @ W, W as it lies in memory",
-        "nothing alike",
-        _untransposed,
-    ),
+    *of_products("output", STAGE, _shifts),
+    of_layer_beside("output", STAGE, of_beside),
     Mistake(
         "output-skipped",
         STAGE,
@@ -152,17 +137,6 @@ MISTAKES = (
         planted=(0,),
     ),
     Mistake(
-        "output-part-of-inputs",
-        STAGE,
-        "the sum leaves out some inputs: {}",
-        "x[:n] . W[:, :n]",
-        "everywhere",
-        lambda s, which: s.right(without_inputs(s.given[0], *which)),
-        any_of(*PARTS),
-        planted=(("half", 0), ("tail", 32)),
-        said=part_named,
-    ),
-    Mistake(
         "output-bias",
         STAGE,
         "a bias is added that the model does not have: that of q",
@@ -187,14 +161,6 @@ MISTAKES = (
         _normed,
     ),
     Mistake(
-        "output-of-next-layer",
-        STAGE,
-        "the weight of the next layer",
-        "x @ W'.T, W' of layer + 1",
-        "nothing alike",
-        lambda s: s.product(s.given[0], "o_proj", 1),
-    ),
-    Mistake(
         "output-gguf-order",
         STAGE,
         "inputs permuted as GGUF permutes q and k ({})",
@@ -204,16 +170,5 @@ MISTAKES = (
         any_of(True, False),
         said={True: "to pairs", False: "to halves"}.__getitem__,
         planted=(True,),
-    ),
-    Mistake(
-        "output-shifted",
-        STAGE,
-        "{} of the weight",
-        "W[o - n, i], or W[o, i - n]",
-        "nothing alike",
-        _shifted,
-        _shifts,
-        planted=(("rows", 1), ("columns", -1)),
-        said=lambda how: f"shifted by {how[1]:+d}: {how[0]}",
     ),
 )

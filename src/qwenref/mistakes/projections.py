@@ -1,10 +1,11 @@
 """Mistakes in the three projections, attn_norm @ [W_q; W_k; W_v].T."""
 
 from collections.abc import Callable, Iterator
-from itertools import chain, combinations
+from itertools import chain, combinations, product
 
 import numpy as np
 
+from qwenref.mistakes.beside import SIDES, side_named
 from qwenref.mistakes.mistake import Mistake, Setting, any_of, needs
 from qwenref.stages import RESIDUAL
 
@@ -74,12 +75,21 @@ def _untransposed(s: Setting, blocks: tuple[str, ...]) -> np.ndarray:
     return values
 
 
-def _of_layer(s: Setting, blocks: tuple[str, ...]) -> np.ndarray:
-    (x,) = s.given
+Beside = tuple[tuple[str, ...], int]
+"""Which blocks, and of which layer beside this one."""
+
+
+def _of_layer(s: Setting, of: Beside) -> np.ndarray:
+    (x,), (blocks, side) = s.given, of
     values = s.right(x).copy()
     for name in blocks:
-        values[:, block(s, name)] = s.product(x, f"{name}_proj", 1)
+        values[:, block(s, name)] = s.product(x, f"{name}_proj", side)
     return values
+
+
+def beside_named(of: Beside) -> str:
+    """Return ``q and k from the next layer``."""
+    return f"{named(of[0])} from {side_named(of[1])}"
 
 
 def _grouped(s: Setting, to: bool) -> np.ndarray:
@@ -231,15 +241,15 @@ MISTAKES = (
         said=shift_named,
     ),
     Mistake(
-        "projection-of-next-layer",
+        "projection-of-other-layer",
         STAGE,
-        "weights of {} from the next layer",
-        "x @ W'.T, W' of layer + 1",
+        "weights of {}",
+        "x @ W'.T, W' of layer + 1 or layer - 1",
         "nothing alike in those blocks",
         _of_layer,
-        any_of(*SUBSETS),
-        said=named,
-        planted=(("q", "k", "v"), ("v",)),
+        any_of(*product(SUBSETS, SIDES)),
+        said=beside_named,
+        planted=((BLOCKS, 1), (("v",), 1)),
     ),
     Mistake(
         "projection-of-stream",

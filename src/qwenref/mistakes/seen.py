@@ -17,7 +17,7 @@ SEEN = {
         "norm-over-all": "bkitano/llama-from-scratch/issues/4",
         "norm-one-plus-weight": "linkedin/Liger-Kernel/issues/74 pytorch/executorch/pull/19901",
         "norm-two-plus-weight": "kekzl/imp/pull/459 utensils/mold/pull/1078",
-        "norm-of-mlp": "NVIDIA-NeMo/Speech/issues/11951 NVIDIA-NeMo/Megatron-Bridge/pull/4201",
+        "norm-of-other": "NVIDIA-NeMo/Speech/issues/11951 NVIDIA-NeMo/Megatron-Bridge/pull/4201",
         "projection-untransposed": "vllm-project/vllm/pull/44113 paiml/aprender/pull/1466",
         "projection-swapped": "huggingface/transformers/pull/40257",
         "projection-grouped": "tenstorrent/tt-metal/issues/6243",

@@ -12,6 +12,7 @@ import numpy as np
 from qwenref.chain import Span
 from qwenref.mistakes.mistake import CannotBe, Mistake, Setting
 from qwenref.model.formats import in_format
+from qwenref.stages import LEAVING
 from qwenref.trial.dialects import EXACT, MATRICES, Dialect, Override
 from qwenref.trial.replay import Replay, Skip
 from qwenref.trial.residual import row_of
@@ -254,6 +255,13 @@ def _setting(
         seen = np.arange(scores.shape[-1]) <= np.arange(span.start, span.stop)[:, None]
         return np.where(seen, inputs[0], scores)
 
+    def again(stream: np.ndarray) -> np.ndarray:
+        other = replay.entered_by(stream)
+        if LEAVING.name not in replay.chain or not other.can(LEAVING.name):
+            raise CannotBe
+        parts = [other.compute(LEAVING.name, at)[at.first - at.start :] for at in other.spans]
+        return np.concatenate(parts)
+
     return Setting(
         stage=stage,
         given=inputs,
@@ -267,6 +275,7 @@ def _setting(
         unmasked=unmasked,
         tensor=cache(tensors.vector),
         table=lambda name: tensors.table(name, np.arange(span.start, span.stop)),
+        again=again,
         product=_remembering(tensors.product, inputs),
     )
 

@@ -1,7 +1,7 @@
 """What was found layer by layer: the verdict on all of them, and the report in words."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, takewhile
 
 import msgspec
 
@@ -75,10 +75,11 @@ def _missing(depth: int, parts: Sequence[Explanation]) -> list[Place]:
 
 def _verdict(parts: Sequence[Explanation], missing: Sequence[Place]) -> tuple[Verdict, str]:
     faulty = [part for part in parts if part.verdict == "fault"]
-    right = [part.layer for part in parts if part.verdict == "agree"]
     if faulty:
         first = faulty[0]
-        before = [place for place in right if _order(place) < _order(first.layer)]
+        before = [
+            of.layer for of in takewhile(lambda of: of is not first, parts) if of.verdict == "agree"
+        ]
         agree = f"{_named(before)} agree{'s' * (len(before) == 1)}; " if before else ""
         return "fault", f"{agree}{_named([first.layer])}: {first.reason}"
     for part in parts:
@@ -89,6 +90,7 @@ def _verdict(parts: Sequence[Explanation], missing: Sequence[Place]) -> tuple[Ve
         said = [f"{_named(places)}: {reason}" for reason, places in _by_reason(open_)]
         said += [f"{_named(missing)} not dumped"] if missing else []
         return "incomplete", "; ".join(said)
+    right = [part.layer for part in parts]
     noise = ", but for rounded weights" if any(part.weight_noise for part in parts) else ""
     agree = "agree" if len(right) > 1 else "agrees"
     words = f"{_named(right)} {agree}: every stage follows from what it was computed from"
@@ -119,10 +121,6 @@ def _summary(answer: LayersExplanation) -> Iterator[str]:
     said.pop("", None)
     for text, places in said.items():
         yield f"Your engine computes in {_named(places)}: {text}."
-
-
-def _order(place: Place) -> float:
-    return float("inf") if place is None else place
 
 
 def _named(places: Sequence[Place]) -> str:

@@ -116,7 +116,8 @@ def _error(replay: Replay, name: str, way: Held, skip: Skip = NOTHING) -> float:
     """Return the relative L2 of a stage, read in one way; what is not finite is off by the rms."""
     stage = row_of(name)
     off, of, seen = 0.0, 0.0, False
-    ends = [*dict.fromkeys((replay.spans[0], replay.spans[-1]))]
+    spans = replay.spans_for(way)
+    ends = [*dict.fromkeys((spans[0], spans[-1]))]
     with np.errstate(invalid="ignore", over="ignore"):
         for first, truth, dumped in compared(replay, name, way, skip, spans=ends):
             if stage.masked:

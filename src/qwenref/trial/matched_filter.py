@@ -211,7 +211,7 @@ class _Filter:
         shape, factors = ([piece.known[of] for piece in self.pieces] for of in (SHAPE, FACTORS))
         self.spaces = [Space(shape), Space(factors)]
         self.differences = self.spaces[FACTORS]
-        if name == "attn_norm":
+        if name.endswith("norm"):
             constant = [VALUES, SIGNS]
             self.spaces[FACTORS] = Space([np.delete(of, constant, axis=0) for of in factors])
         mixed, signs = (

@@ -141,7 +141,8 @@ def _roundest(found: Sequence[Found]) -> list[Found]:
 
 def _most_telling(replay: Replay, name: str, skip: Skip) -> Span:
     """Return the tokens that are most off."""
-    held = [span for span in replay.spans if span.stop > replay.held[name].first]
+    dump = replay.held[name]
+    held = [span for span in replay.spans_for(dump) if span.stop > dump.first]
     if len(held) == 1:
         return held[0]
     return max(held, key=lambda span: _error(replay, name, skip, EXACT, span))
@@ -165,7 +166,7 @@ def _error(replay: Replay, name: str, skip: Skip, dialect: Dialect, span: Span) 
 def _tried(replay: Replay, tensors: Tensors, name: str, skip: Skip, span: Span) -> Iterator[Found]:
     """Execute all mistakes in float64, for some tokens."""
     on_the_way, dumped = replay.bridges(name, skip) | {name}, None
-    if replay.held[name].first == 0:
+    if replay.held[name].first <= span.start:
         ((_, _, dumped),) = compared(replay, name, replay.held[name], skip, spans=[span])
     for stage in replay.chain:
         if stage in on_the_way:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from qwenref.judge.arrangement import heads_and_width
 from qwenref.metrics import MARGIN, Errors, cells_of
 from qwenref.model.formats import spacing
 from qwenref.stages import Stage
@@ -129,7 +130,7 @@ def _worst_slice(stage: Stage, found: Weighed, floors: Errors, replay: Replay) -
 
 def _shape(stage: Stage, found: Weighed, sizes: dict[str, int]) -> tuple[int, int, int]:
     T, J = found.residual.sums.error.shape
-    return T, J, sizes["T"] if stage.masked else sizes["D"] if "D" in stage.axes else sizes["H"]
+    return T, J, heads_and_width(stage, sizes, sizes["T"])[1]
 
 
 def _least(found: Weighed, floors: Sequence[Errors]) -> tuple[np.ndarray, float, int]:
@@ -236,7 +237,7 @@ def _head(stage: Stage, sizes: dict[str, int], heads: Sequence[int], J: int) -> 
 
 
 def _cells(stage: Stage, cells: Sequence[int]) -> str:
-    word = "key" if stage.masked else "channel"
+    word = {"S": "key", "V": "token id"}.get(stage.axes[-1], "channel")
     return f"{word}{'s' * (len(cells) > 1)} {ranges(cells)}"
 
 

@@ -12,7 +12,7 @@ from qwenref.model.formats import in_format
 from qwenref.model.precision import FORMATS, Precision
 from qwenref.model.roundoff import Roundoff
 from qwenref.noise import LEAST_ROWS, MOST_TOKENS, sampled
-from qwenref.stages import BY_NAME, RESIDUAL, Stage
+from qwenref.stages import BY_NAME, LAST_LOGITS, RESIDUAL, Stage
 from qwenref.trial.dialects import (
     BLOCKS,
     EARLY,
@@ -115,6 +115,15 @@ class Replay:
             for key, of in self._known.items()
             if self.chain.index(key[0]) < place or (key[0] == name and key[1] == "computed")
         }
+
+    def spans_for(self, held: Held) -> list[Span]:
+        """Return which tokens to compute at a time for a dump; of logits, those that it has."""
+        first = held.first if held.stage.name == LAST_LOGITS.name else 0
+        return [
+            span._replace(start=max(span.start, first), first=max(span.first, first))
+            for span in self.spans
+            if span.stop > first
+        ]
 
     def remember(self, key: Key, make: Callable[[], _T]) -> _T:
         """Make something, unless it is known from before; of a long prompt, keep little.

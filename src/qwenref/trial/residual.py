@@ -97,7 +97,7 @@ def compared(
     """Yield (first position, computed, dumped), piece by piece; of all spans, or of some."""
     stage = row_of(name)
     axis = stage.axes.index("T")
-    for span in spans or replay.spans:
+    for span in spans or replay.spans_for(held):
         first = max(span.first, held.first)
         if first < span.stop:
             new = *([slice(None)] * axis), slice(first - span.start, None)

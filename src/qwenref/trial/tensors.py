@@ -8,6 +8,7 @@ from qwenref.mistakes.mistake import CannotBe
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
 from qwenref.model.weights import (
+    HEAD,
     Tensor,
     attention_tensors,
     embedding_table,
@@ -113,4 +114,5 @@ def named_tensors(config: Config, layer: int) -> dict[str, Tensor]:
         "final_norm": final_norm(config),
         "lm_head": head_matrix(config),
         "embedding": embedding_table(config),
+        "untied_head": embedding_table(config)._replace(name=HEAD),
     }

@@ -45,6 +45,9 @@ is in proportion to values (measured the same).
 PARALLEL = 0.5
 """Correlation of error with value, but for chance: rounding is not biased; a factor makes it 1."""
 
+OFFSET = 0.5
+"""Mean of errors against their rms, but for chance, for the same reason: an offset makes it 1."""
+
 DEVIATIONS = 3.0
 """Of a correlation that is chance: 1 / sqrt(values) is one of them."""
 
@@ -168,6 +171,7 @@ class Looks(NamedTuple):
         channel: Rms of a channel against that of all: nine in ten have more.
         follows: Correlation of |error| with |value|.
         parallel: Cosine of error and value.
+        offset: Mean of the errors.
         alike: Slope of the cosines of tokens' errors against those of their inputs, over all pairs:
             1 if dW is random, 0 if errors of tokens have nothing in common. 0 if unknown.
         deviation: The standard deviation of that.
@@ -182,6 +186,7 @@ class Looks(NamedTuple):
     channel: float
     follows: float
     parallel: float
+    offset: float
     alike: float
     deviation: float
     misfit: float
@@ -199,6 +204,7 @@ class Looks(NamedTuple):
             and self.channel >= FREE
             and self.follows <= max(FOLLOWS, by_chance)
             and abs(self.parallel) <= max(PARALLEL, by_chance)
+            and abs(self.offset) <= max(OFFSET, by_chance)
             and (self.deviation > TELLING or self.alike > HALF)
             and self.misfit <= MISFIT
         )
@@ -234,6 +240,7 @@ def looks_of(
         channel=float(np.quantile(channels, 0.1)) / size,
         follows=_correlation(np.abs(error), np.abs(truth)),
         parallel=float(np.vdot(error, truth) / norms),
+        offset=float(np.mean(error)) / size,
         alike=alike,
         deviation=deviation,
         misfit=misfit,

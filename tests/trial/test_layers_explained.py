@@ -1,0 +1,177 @@
+"""Whole models, explained layer by layer; `qwenref selftest` plants faults in more of them."""
+
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import capture_hf
+import numpy as np
+import pytest
+from engines import DATA
+from helpers import TINY
+
+from qwenref import QwenrefError, explain_layers, read_aprt, write_aprt
+from qwenref.capture import capture
+from qwenref.model.random_checkpoint import TINY as SHAPE
+from qwenref.model.random_checkpoint import Shape, write
+from qwenref.trial.explanation import LayersExplanation
+from qwenref.trial.layer_words import layers_report
+
+WIDE = Shape(256, 4, 2, 512, 2, 320, seed=26)
+"""The model of the quantised dump."""
+
+EVERYTHING = {"force": False, "layout": "apr", "layers": "all", "stages": "all", "prompt": None}
+
+
+def origins(found: LayersExplanation) -> list[tuple[int | None, str]]:
+    return [(of.layer, of.stage) for of in found.origins]
+
+
+def statuses(found: LayersExplanation, layer: int | None) -> dict[str, str]:
+    (part,) = (part for part in found.parts if part.layer == layer)
+    return {of.stage: of.status for of in part.stages}
+
+
+def from_hf(model: Path, output: Path, dtype: str, tokens: str) -> Path:
+    capture_hf.capture(
+        Namespace(model=model, tokens=tokens, dtype=dtype, output=output, **EVERYTHING)
+    )
+    return output
+
+
+# Healthy engines
+
+
+def test_a_quantised_engine_has_rounded_weights_in_every_layer(tmp_path: Path) -> None:
+    write(tmp_path / "model", WIDE)
+    found = explain_layers(DATA / "apr-q4k", model=tmp_path / "model")
+    assert (found.verdict, found.origins) == ("agree", []), layers_report(found)
+    assert found.reason.endswith(", but for rounded weights")
+    *layers, head = (part.weight_noise for part in found.parts)
+    for noise in layers:
+        assert noise is not None
+        bits = [getattr(noise, name) for name in ("q", "k", "o", "gate", "up", "down")]
+        assert all(3 < of < 7 for of in bits), bits
+    assert head is not None
+    assert head.lm_head is not None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_transformers_in_depth(tmp_path: Path, dtype: str, tied: bool) -> None:
+    shape = replace(SHAPE, num_hidden_layers=12, tie_word_embeddings=tied, seed=3)
+    write(tmp_path / "model", shape, dtype=dtype)
+    dump = from_hf(tmp_path / "model", tmp_path / "hf", dtype, "5,17,17,300,2,9")
+    found = explain_layers(dump, model=tmp_path / "model")
+    assert (found.verdict, found.exit_status) == ("agree", 0), layers_report(found)
+    assert [part.layer for part in found.parts] == [*range(12), None]
+
+
+def test_a_dump_without_a_model_is_judged_where_no_weights_are_needed(tmp_path: Path) -> None:
+    capture(TINY, tmp_path / "ours", layers=None, stages=None)
+    found = explain_layers(tmp_path / "ours")
+    assert found.verdict == "incomplete"
+    assert statuses(found, 1)["post_attn_residual"] == "agree"
+    assert statuses(found, 1)["ffn_gate"] == "unmeasured"
+
+
+def test_layers_whose_input_was_not_dumped_are_unmeasured_and_the_others_agree(
+    tmp_path: Path,
+) -> None:
+    shutil.copytree(DATA / "apr-f32", tmp_path / "dump")
+    for name in ("post_attn_residual", "post_ffn_residual", "ffn_out"):
+        (tmp_path / "dump" / "layer-0" / f"{name}.bin").unlink()
+    found = explain_layers(tmp_path / "dump", model=TINY)
+    assert found.verdict == "incomplete"
+    assert statuses(found, 1)["attn_norm"] == "unmeasured"
+    assert statuses(found, 1)["qkv_matmul"] == "agree"
+    assert set(statuses(found, 2).values()) == {"agree"}
+
+
+def test_a_stream_that_was_not_dumped_is_computed_from_its_two_parts(tmp_path: Path) -> None:
+    shutil.copytree(DATA / "apr-f32", tmp_path / "dump")
+    (tmp_path / "dump" / "layer-0" / "post_ffn_residual.bin").unlink()
+    found = explain_layers(tmp_path / "dump", model=TINY)
+    assert statuses(found, 1)["attn_norm"] == "agree"
+    assert found.verdict == "agree"
+
+
+def test_hidden_states_alone_are_bridged(tmp_path: Path) -> None:
+    for path in (DATA / "apr-f32").rglob("*.bin"):
+        if path.stem in ("embedding", "post_ffn_residual", "lm_head"):
+            target = tmp_path / path.relative_to(DATA / "apr-f32")
+            target.parent.mkdir(exist_ok=True)
+            shutil.copy(path, target)
+    found = explain_layers(tmp_path, model=TINY)
+    assert (found.verdict, found.origins) == ("agree", []), layers_report(found)
+    last = found.parts[1].stages[-1]
+    assert (last.stage, last.status, last.computed_from) == (
+        *("post_ffn_residual", "agree", ["residual"]),
+    )
+
+
+# Faults
+
+
+def changed(tmp_path: Path, file: str, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+    folder = tmp_path / "dump"
+    shutil.copytree(DATA / "apr-f32", folder)
+    layer, values = read_aprt(folder / file)
+    (folder / file).unlink()
+    write_aprt(folder / file, layer, change(values).astype(np.float32))
+    return folder
+
+
+def test_a_stream_whose_file_alone_is_wrong_is_not_taken_for_a_fault(tmp_path: Path) -> None:
+    dump = changed(tmp_path, "layer-1/post_ffn_residual.bin", lambda x: np.roll(x, 84))
+    found = explain_layers(dump, model=TINY)
+    assert origins(found) == [(1, "post_ffn_residual")]
+    assert statuses(found, 1)["post_ffn_residual"] == "dumped_wrong"
+    assert set(statuses(found, 2).values()) == {"agree"}
+    assert "is wrong, but what was computed from it is right" in found.reason
+
+
+def test_a_wrong_file_in_the_mlp_is_told_from_a_wrong_stage(tmp_path: Path) -> None:
+    dump = changed(tmp_path, "layer-2/ffn_up.bin", lambda x: x[::-1])
+    found = explain_layers(dump, model=TINY)
+    assert origins(found) == [(2, "ffn_up")]
+    assert statuses(found, 2)["ffn_up"] == "dumped_wrong"
+
+
+def test_lm_head_is_named_where_all_layers_agree(tmp_path: Path) -> None:
+    from qwenref.model.checkpoint import Checkpoint
+    from qwenref.model.weights import HEAD
+
+    matrix = np.stack([*Checkpoint(TINY).rows_at(HEAD, range(320))]).astype(np.float64)
+    _, normed = read_aprt(DATA / "apr-f32" / "final_norm.bin")
+    transposed = normed.reshape(-1, 84)[-1] @ matrix.reshape(84, 320)
+    dump = changed(tmp_path, "lm_head.bin", lambda _: transposed)
+    found = explain_layers(dump, model=TINY)
+    assert origins(found) == [(None, "lm_head")]
+    first, cause, *_ = found.summary
+    assert first.startswith("layers 0 to 2 agree; the head: lm_head adds the error (")
+    assert "the product with the transposed matrix" in cause
+
+
+def test_what_follows_a_fault_only_inherits_it() -> None:
+    found = explain_layers(DATA / "apr-rope-interleaved", model=TINY)
+    assert origins(found) == [(0, "q_post_rope"), (0, "k_post_rope")]
+    assert statuses(found, 0)["post_ffn_residual"] == "inherited"
+    assert statuses(found, None)["final_norm"] == "unmeasured"
+
+
+# What cannot be used
+
+
+def test_a_dump_of_no_layer_is_refused(tmp_path: Path) -> None:
+    write_aprt(tmp_path / "other.bin", None, np.zeros(4, np.float32))
+    with pytest.raises(QwenrefError, match="holds no stage of any layer"):
+        explain_layers(tmp_path, model=TINY)
+
+
+def test_tokens_of_another_number_are_incomparable(tmp_path: Path) -> None:
+    found = explain_layers(DATA / "apr-f32", model=TINY, tokens=[1, 2, 3])
+    assert (found.verdict, found.exit_status) == ("incomparable", 2)
+    assert "the dump has 12 tokens, and the prompt 3" in found.reason
