@@ -29,6 +29,7 @@ from qwenref.trial.weight_noise import (
     HALF,
     MISFIT,
     MOST,
+    OFFSET,
     PARALLEL,
     STANDS_OUT,
     TELLING,
@@ -133,7 +134,7 @@ def test_the_rules_of_comparing_are_those_in_code() -> None:
 def test_the_rules_of_explaining_are_those_in_code() -> None:
     equations = load("explain-v1.yaml")["equations"]
     noise = equations["weight_noise"]["formula"]
-    for limit in (MOST, STANDS_OUT, FREE, FOLLOWS, PARALLEL, HALF, TELLING, MISFIT, UNEVEN):
+    for limit in (MOST, STANDS_OUT, FREE, FOLLOWS, PARALLEL, OFFSET, HALF, TELLING, MISFIT, UNEVEN):
         assert re.search(rf"(<=|<= max\(|>|factor|above) ?{limit:g}\b", noise)
     assert f"{DEVIATIONS:g} / sqrt(n)" in noise
     dialect = equations["dialect"]["formula"]

@@ -158,8 +158,8 @@ def test_lm_head_is_named_where_all_layers_agree(tmp_path: Path) -> None:
 def test_what_follows_a_fault_only_inherits_it() -> None:
     found = explain_layers(DATA / "apr-rope-interleaved", model=TINY)
     assert origins(found) == [(0, "q_post_rope"), (0, "k_post_rope")]
-    assert statuses(found, 0)["post_ffn_residual"] == "inherited"
-    assert statuses(found, None)["final_norm"] == "unmeasured"
+    assert statuses(found, 0)["attn_out"] == "inherited"
+    assert found.parts[-1].layer == 0
 
 
 # What cannot be used

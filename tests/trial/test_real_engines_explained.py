@@ -19,6 +19,7 @@ from qwenref.trial.words import report
 
 CHAIN = [stage.name for stage in ATTENTION]
 PROJECTIONS = ("qkv_matmul", "attn_out")
+OF_MLP = ("ffn_gate", "ffn_up", "ffn_out")
 PRODUCTS = ("attn_scores", "attention")
 FLOAT32 = ("ours", "apr-f32", "llama-f32", "llama-f32-native", "hf-float32-apr", "hf-float32-hf")
 ROUNDS_OPERANDS = {
@@ -168,13 +169,13 @@ def test_quantised_weights_are_innocent(dumps: Dumps, wide: Path) -> None:
     assert {*statuses(found).values()} == {"agree"}
     noise = found.weight_noise
     assert noise is not None
-    for bits in (noise.embedding, noise.q, noise.k, noise.v, noise.o):
+    of_layer = (noise.q, noise.k, noise.v, noise.o, noise.gate, noise.up, noise.down)
+    for bits in (noise.embedding, *of_layer):
         assert bits is not None
         assert 3.5 < bits < 4.5
-    assert "Its weights seem to be rounded to about 4 bits: embedding, q, k, v and o." in report(
-        found
-    )
-    rounded = {"embedding", *PROJECTIONS}
+    named = "embedding, q, k, v, o, gate, up and down"
+    assert f"Its weights seem to be rounded to about 4 bits: {named}." in report(found)
+    rounded = {"embedding", *PROJECTIONS, *OF_MLP}
     for stage in found.stages:
         assert stage.added is not None
         assert (stage.added > 0.05) == (stage.stage in rounded)
@@ -193,7 +194,7 @@ def test_a_small_bias_that_is_missing_is_not_rounded_weights(wide: Path) -> None
 
 def test_quantised_weights_are_a_fault_where_they_should_be_exact(dumps: Dumps, wide: Path) -> None:
     found = qwenref.explain(dumps["apr-q4k"], model=wide, exact_weights=True)
-    assert (found.verdict, found.origins) == ("fault", ["embedding", *PROJECTIONS])
+    assert (found.verdict, found.origins) == ("fault", ["embedding", *PROJECTIONS, *OF_MLP])
     assert found.weight_noise is None
 
 

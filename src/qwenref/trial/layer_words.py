@@ -1,6 +1,6 @@
 """What was found layer by layer: the verdict on all of them, and the report in words."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby, takewhile
 
 import msgspec
@@ -12,6 +12,7 @@ from qwenref.trial.explanation import Explanation, LayersExplanation, Origin, St
 from qwenref.trial.inquiry import concluded
 from qwenref.trial.words import (
     CONVICTED,
+    bits_of,
     causes_of,
     computes,
     last_lines,
@@ -87,7 +88,7 @@ def _verdict(parts: Sequence[Explanation], missing: Sequence[Place]) -> tuple[Ve
             return "incomparable", f"{_named([part.layer])}: {part.reason}"
     open_ = [part for part in parts if part.verdict == "incomplete"]
     if open_ or missing:
-        said = [f"{_named(places)}: {reason}" for reason, places in _by_reason(open_)]
+        said = [f"{_named(places)}: {reason}" for reason, places in _reasons(open_)]
         said += [f"{_named(missing)} not dumped"] if missing else []
         return "incomplete", "; ".join(said)
     right = [part.layer for part in parts]
@@ -97,30 +98,33 @@ def _verdict(parts: Sequence[Explanation], missing: Sequence[Place]) -> tuple[Ve
     return "agree", words + noise
 
 
-def _by_reason(parts: Sequence[Explanation]) -> list[tuple[str, list[Place]]]:
+def _together(said: Iterable[tuple[str, Place]]) -> Iterator[tuple[str, list[Place]]]:
+    """Yield what is said, if it is anything, and of which parts, once each."""
     found: dict[str, list[Place]] = {}
-    for part in parts:
-        found.setdefault(part.reason, []).append(part.layer)
-    return [*found.items()]
+    for text, place in said:
+        found.setdefault(text, []).append(place)
+    found.pop("", None)
+    yield from found.items()
+
+
+def _reasons(parts: Iterable[Explanation]) -> Iterator[tuple[str, list[Place]]]:
+    return _together((part.reason, part.layer) for part in parts)
 
 
 def _summary(answer: LayersExplanation) -> Iterator[str]:
     """Yield the causes, what else is wrong, and how the engine computes."""
     faulty = [part for part in answer.parts if part.verdict == "fault"]
-    for reason, places in _by_reason(faulty[1:]):
+    for reason, places in _reasons(faulty[1:]):
         yield f"{_capital(_named(places))}: {reason}"
-    found: dict[str, list[Place]] = {}
-    for part in faulty:
-        for line in causes_of(part.stages):
-            found.setdefault(line, []).append(part.layer)
-    for line, places in found.items():
+    causes = [(line, part.layer) for part in faulty for line in causes_of(part.stages)]
+    for line, places in _together(causes):
         yield line if len(faulty) == 1 else f"{_capital(_named(places))}: {line}"
-    said: dict[str, list[Place]] = {}
-    for part in answer.parts:
-        said.setdefault("; ".join(computes(part.stages)), []).append(part.layer)
-    said.pop("", None)
-    for text, places in said.items():
+    how = [("; ".join(computes(part.stages)), part.layer) for part in answer.parts]
+    for text, places in _together(how):
         yield f"Your engine computes in {_named(places)}: {text}."
+    rounded = [(bits_of(part), part.layer) for part in answer.parts if part.weight_noise]
+    for text, places in _together(rounded):
+        yield f"Its weights seem to be rounded in {_named(places)} {text}."
 
 
 def _named(places: Sequence[Place]) -> str:

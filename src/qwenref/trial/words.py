@@ -68,7 +68,7 @@ def summary_of(answer: Explanation) -> list[str]:
     if how:
         lines.append(f"Your engine computes: {how}.")
     if answer.weight_noise is not None:
-        lines.append(f"Its weights seem to be rounded {_bits(answer)}.")
+        lines.append(f"Its weights seem to be rounded {bits_of(answer)}.")
     return lines
 
 
@@ -183,7 +183,7 @@ def _precision(of: StageExplained) -> str:
     return of.dialects[0].text if of.dialects else "float32"
 
 
-def _bits(answer: Explanation) -> str:
+def bits_of(answer: Explanation) -> str:
     """Return ``to about 4 bits: q and k; to about 6 bits: v``."""
     tensors: dict[int, list[str]] = {}
     for name in ("embedding", "q", "k", "v", "o", "gate", "up", "down", "lm_head"):
