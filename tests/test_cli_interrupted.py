@@ -174,6 +174,9 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> list[Moment]:
     return at_every_change(base, signal.SIGINT, *QUICK, "-o", "out")
 
 
+EVERYTHING = (*CAPTURE, "--layers", "all", "--stages", "all", "--tokens", "1")
+
+
 @pytest.mark.parametrize(
     ("send", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
 )
@@ -181,8 +184,7 @@ def interrupted(tmp_path_factory: pytest.TempPathFactory) -> list[Moment]:
 def test_a_run_through_all_layers_that_is_stopped_in_the_middle(
     send: int, status: int, at: str, tmp_path: Path, start: Start
 ) -> None:
-    everything = ("--layers", "all", "--stages", "all", "--tokens", "1", "-o", "out")
-    outcome = ended(start(tmp_path, *CAPTURE, *everything, at=at, send=send))
+    outcome = ended(start(tmp_path, *EVERYTHING, "-o", "out", at=at, send=send))
     assert (outcome.status, outcome.out) == (status, "")
     assert finished(tmp_path / "out") is None
     if send != signal.SIGKILL:
@@ -346,21 +348,23 @@ def test_a_capture_that_comes_amid_the_swap_of_another_one_loses(
 
 def test_a_full_disk_leaves_nothing_behind(start: Start, tmp_path: Path, old_dump: Path) -> None:
     # a limit on the size of files: the system refuses a write just as on a full disk
-    stage, manifest = tmp_path / "stage", tmp_path / "manifest"
+    stage, manifest, logits = (tmp_path / name for name in ("stage", "manifest", "logits"))
     stage.mkdir()
+    logits.mkdir()
     copy_of(old_dump)(manifest)
     before = snapshot(manifest)
     running = (
         start(stage, *CAPTURE, "-o", "out/deep/er", file_size=5000),
         start(manifest, *QUICK, "-o", "out", "--force", file_size=600),
+        start(logits, *EVERYTHING, "-o", "out", file_size=1000),  # all layers' files are smaller
     )
     for process in running:
         outcome = ended(process)
         assert (outcome.status, outcome.out) == (2, "")
         one_line(outcome.err, "cannot write the dump out", "File too large")
-    (stage / "moments").unlink()
-    (manifest / "moments").unlink()
-    assert snapshot(stage) == {}
+    for folder in (stage, manifest, logits):
+        (folder / "moments").unlink()
+    assert snapshot(stage) == snapshot(logits) == {}
     assert snapshot(manifest) == before
 
 

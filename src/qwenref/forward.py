@@ -2,11 +2,11 @@
 
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
+from qwenref.ahead import ahead
 from qwenref.chain import Layer, Piece, head_pieces, layer_pieces
 from qwenref.model.attention import Attention
 from qwenref.model.checkpoint import Checkpoint
@@ -28,8 +28,6 @@ from qwenref.model.weights import (
     read_final_norm,
 )
 from qwenref.stages import ATTENTION, EMBEDDING, HEAD, LAST_LOGITS, LAYER, LEAVING, Stage
-
-_T = TypeVar("_T")
 
 SAMPLED = 4096
 """Entries of the vocabulary that the noise floor of lm_head is computed for, evenly spaced: their
@@ -162,7 +160,7 @@ class Forward:
 
     def layers(self) -> Iterator[EnteredLayer]:
         """Run layer after layer; while one is computed, the next one is read."""
-        for read in _ahead(map(self._read, self._plan.run)):
+        for read in ahead(map(self._read, self._plan.run)):
             pieces = self._pieces(read, self.stream)
             yield EnteredLayer(read, self.stream, pieces)
             deque(pieces, maxlen=0)  # of a layer of which nothing is wanted, nothing was taken
@@ -174,7 +172,7 @@ class Forward:
         matrix = HeadMatrix(self._checkpoint, SAMPLED) if wants_logits else None
 
         def slices(most: int) -> Iterator[tuple[int, np.ndarray]]:
-            return iter(()) if matrix is None else _ahead(matrix.slices(most))
+            return iter(()) if matrix is None else ahead(matrix.slices(most))
 
         head = Head(self._checkpoint.config, norm, self._precision)
         pieces = head_pieces(head, self.stream, self._plan.of_model, slices)
@@ -200,12 +198,3 @@ class Forward:
                 self.stream[piece.first : piece.first + len(piece.values)] = piece.values
             if piece.stage in wanted:
                 yield piece
-
-
-def _ahead(items: Iterator[_T]) -> Iterator[_T]:
-    """Have the next item made in another thread while this one is used."""
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = reader.submit(next, items, None)
-            yield item

@@ -140,7 +140,7 @@ class _Store:
 
 
 def _entries(folder: Path) -> list[Path]:
-    return [path for path in folder.iterdir() if path.is_file()]
+    return [path for path in folder.iterdir() if path.is_file() or path.is_symlink()]
 
 
 def _digest(entry: Path) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from blake3 import blake3
 
+from qwenref.ahead import ahead
 from qwenref.errors import QwenrefError
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
@@ -15,6 +16,9 @@ from qwenref.model.tokens import check_tokens
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 BIASES = ("q_bias", "k_bias", "v_bias")
+
+BLOCK = 1 << 16
+"""Values that are widened at a time: 256 KiB, which stay in the cache until they are hashed."""
 
 
 class AttentionWeights(NamedTuple):
@@ -129,20 +133,35 @@ def read_final_norm(checkpoint: Checkpoint) -> tuple[np.ndarray, str]:
 
 def _read(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
     check_tensors(checkpoint, tensors.values())
+    values = {
+        field: _aligned_empty(shape, checkpoint.dtype(name))
+        for field, (name, shape) in tensors.items()
+    }
     fingerprint = Fingerprint()
-    problems = []
-    values = {}
-    for field, (name, shape) in tensors.items():
-        values[field] = array = _aligned_empty(shape, checkpoint.dtype(name))
-        fingerprint.start(name, shape)
-        bad = 0
-        for row, piece in checkpoint.rows(name, 0, shape[0]):
-            array[row : row + len(piece)] = piece
-            bad += fingerprint.add(piece)
-        if bad:
-            problems.append(f"{name} holds {bad} NaN or infinite values")
-    _refuse(checkpoint, problems)
+    bad = dict.fromkeys(tensors, 0)
+    for field, row, piece in ahead(_pieces(checkpoint, tensors)):
+        if row == 0:
+            fingerprint.start(*tensors[field])
+        values[field][row : row + len(piece)] = piece
+        bad[field] += fingerprint.add(piece)
+    _refuse(
+        checkpoint,
+        [
+            f"{tensors[field].name} holds {number} NaN or infinite values"
+            for field, number in bad.items()
+            if number
+        ],
+    )
     return values, str(fingerprint)
+
+
+def _pieces(
+    checkpoint: Checkpoint, tensors: Mapping[str, Tensor]
+) -> Iterator[tuple[str, int, np.ndarray]]:
+    """Yield some rows of a tensor at a time, with its field and the number of the first row."""
+    for field, (name, shape) in tensors.items():
+        for row, piece in checkpoint.rows(name, 0, shape[0]):
+            yield field, row, piece
 
 
 def read_embedding(checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[np.ndarray, str]:
@@ -226,6 +245,7 @@ class Fingerprint:
 
     def __init__(self):
         self._hash = blake3()
+        self._widened = np.empty(BLOCK, "<f4")
 
     def start(self, name: str, shape: tuple[int, ...]) -> None:
         """Begin a tensor."""
@@ -233,9 +253,14 @@ class Fingerprint:
 
     def add(self, values: np.ndarray) -> int:
         """Add the next values of the tensor; return how many of them are NaN or infinite."""
-        widened = values.astype("<f4", order="C")
-        self._hash.update(widened.reshape(-1).view(np.uint8).data)
-        return widened.size - int(np.count_nonzero(np.isfinite(widened)))
+        flat, finite = values.reshape(-1), 0
+        for start in range(0, len(flat), BLOCK):
+            part = flat[start : start + BLOCK]
+            widened = self._widened[: len(part)]
+            np.copyto(widened, part)
+            self._hash.update(widened.view(np.uint8).data)
+            finite += int(np.count_nonzero(np.isfinite(widened)))
+        return len(flat) - finite
 
     def __str__(self) -> str:
         return f"blake3:{self._hash.hexdigest()}"

@@ -24,6 +24,11 @@ from qwenref.trial.replay import NOTHING, Replay, Skip
 from qwenref.trial.tensors import Tensors
 from qwenref.trial.weight_noise import weight_noise
 
+MOST_PASSED = 3
+"""Stages that are wrong in any case and passed over, one after the other, in search of evidence for
+or against a dump; without a limit a dump in which all stages are wrong takes 2**16 replays.
+"""
+
 
 @dataclass
 class Standing:
@@ -211,15 +216,16 @@ class Trial:
         """Return whether a wrong file was not what the engine went on with."""
         return self._evidence(name, skip) > 0
 
-    def _evidence(self, name: str, skip: Skip) -> int:
+    def _evidence(self, name: str, skip: Skip, passed: Sequence[str] = ()) -> int:
         """Return whether what was computed from a dump speaks against it: 1, for it: -1, or 0.
 
         If a consumer is wrong in any case, it may be for another dump that is wrong; else those are
-        asked that were computed from that one.
+        asked that were computed from that one, past `MOST_PASSED` at most.
         """
         against = 0
         for after in self.consumers(name, skip):
-            if not self.replay.can(after, skip | {name}):
+            behind = not passed or self.stages.index(after) > self.stages.index(passed[-1])
+            if not (behind and self.replay.can(after, skip | {name})):
                 continue
             found, either = self._compared(name, after, skip)
             if not either:
@@ -227,8 +233,8 @@ class Trial:
                 others = skip | {of for of in read if not self._right(of, skip)}
                 if self.replay.can(after, others | {name}):
                     found, either = self._compared(name, after, others)
-            if not either:
-                found = self._evidence(name, skip | {after})
+            if not either and len(passed) < MOST_PASSED:
+                found = self._evidence(name, skip | {after}, (*passed, after))
             if found < 0:
                 return found
             against = max(against, found)

@@ -117,7 +117,7 @@ def ways_to_round(replay: Replay, name: str, skip: Skip, narrow: str) -> Iterato
     rounded = all_fit(replay, name, narrow)
     if rounded:
         skips = [frozenset[str]()]
-        if name in FUSED and FUSED[name].without in replay.reads(name, skip):
+        if _may_be_fused(replay, name, skip):
             skips.append(frozenset({FUSED[name].without}))
         for stored in (True, False):
             yield [
@@ -133,6 +133,13 @@ def ways_to_round(replay: Replay, name: str, skip: Skip, narrow: str) -> Iterato
         bridges = replay.bridges("qkv_bias", skip | {name})
         outputs = result_dialects("qkv_bias", bridges, narrow, stored=True)
         yield [minus_bias(output, then) for output in outputs]
+
+
+def _may_be_fused(replay: Replay, name: str, skip: Skip) -> bool:
+    """Return whether a stage reads one that it may have been made without, and can be without."""
+    if name not in FUSED or FUSED[name].without not in replay.reads(name, skip):
+        return False
+    return replay.can(name, skip | {FUSED[name].without})
 
 
 def _left(one: tuple[Dialect, Weighed]) -> float:
@@ -163,7 +170,7 @@ def _roundings(dialect: Dialect) -> tuple[int, int]:
 
 def _fused(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
     """Made in one go with the stage before it, which was made for the dump alone."""
-    if weights or name not in FUSED or FUSED[name].without not in replay.reads(name, skip):
+    if weights or not _may_be_fused(replay, name, skip):
         return []
     without, name_of, text = FUSED[name]
     account = account_of(replay, name, skip | {without})
