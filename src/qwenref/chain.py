@@ -12,13 +12,14 @@ import numpy as np
 from qwenref.model.attention import Attention
 from qwenref.model.feed_forward import FeedForward
 from qwenref.model.head import Head
+from qwenref.model.matrix import Matrix
 from qwenref.stages import ATTENTION, EMBEDDING, HEAD, LAST_LOGITS, RESIDUAL, Stage, needed_for
 
 PIECE_BYTES = 3 << 20
 """Most bytes of a piece of [T, F] or of [N, T, S]. docs/benchmarks.md has what others cost."""
 
 HEAD_BYTES = 64 << 20
-"""Most bytes of a slice of lm_head's matrix, widened, and of its logits."""
+"""Most bytes that a slice of lm_head's matrix would have, widened, and that its logits have."""
 
 LEAST_TOKENS, LEAST_QUERIES = 512, 8
 """Tokens of a piece, if there are as many, even if these take more bytes: for each piece the
@@ -196,7 +197,7 @@ def head_pieces(
         x = jax.device_put(normed if lm_head in wanted else values[-1:])
         most = HEAD_BYTES // (dtype.itemsize * max(len(x), head.config.hidden_size))
         for first, rows in matrix(max(1, most)):
-            logits = np.asarray(head.lm_head(x, jax.device_put(rows)))
+            logits = np.asarray(head.lm_head(x, Matrix(rows)))
             if lm_head in wanted:
                 yield Piece(lm_head, 0, logits, channel=first)
             else:

@@ -160,7 +160,7 @@ class Forward:
 
     def layers(self) -> Iterator[EnteredLayer]:
         """Run layer after layer; while one is computed, the next one is read."""
-        for read in ahead(map(self._read, self._plan.run)):
+        for read in ahead(self._reads()):
             pieces = self._pieces(read, self.stream)
             yield EnteredLayer(read, self.stream, pieces)
             deque(pieces, maxlen=0)  # of a layer of which nothing is wanted, nothing was taken
@@ -178,11 +178,21 @@ class Forward:
         pieces = head_pieces(head, self.stream, self._plan.of_model, slices)
         return EnteredHead(norm, norm_print, matrix, pieces)
 
-    def _read(self, layer: int) -> Read:
-        attention = read_attention(self._checkpoint, layer)
-        if not self._plan.needs_feed_forward(layer):
-            return Read(layer, *attention)
-        return Read(layer, *attention, *read_feed_forward(self._checkpoint, layer))
+    def _reads(self) -> Iterator[Read]:
+        """Read layer after layer, each over the last but one: `ahead` has that done with by then.
+
+        So memory is asked for twice, and does not grow with the number of layers.
+        """
+        done: Read | None = None
+        last: Read | None = None
+        for layer in self._plan.run:
+            read = Read(layer, *read_attention(self._checkpoint, layer, done and done.attention))
+            if self._plan.needs_feed_forward(layer):
+                over = done and done.feed_forward
+                feed_forward, its_print = read_feed_forward(self._checkpoint, layer, over)
+                read = read._replace(feed_forward=feed_forward, feed_forward_print=its_print)
+            done, last = last, read
+            yield read
 
     def _pieces(self, read: Read, entering: np.ndarray) -> Iterator[Piece]:
         """Compute a layer's stages; keep what leaves it, if it goes anywhere."""

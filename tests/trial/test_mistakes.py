@@ -87,6 +87,7 @@ def test_the_command() -> None:
         [sys.executable, "-m", "qwenref", "selftest"], capture_output=True, text=True, check=False
     )
     assert (done.returncode, done.stderr) == (0, "")
-    *_, in_depth, last = done.stdout.splitlines()
+    *rows, last = done.stdout.splitlines()
+    (in_depth,) = (row for row in rows if row.startswith("6 layers, two mistakes each"))
     assert in_depth.split()[-6:] == ["34", "34", "34", "0", "0", "0"]
     assert last == "As many mistakes are found and named as is promised."

@@ -4,28 +4,19 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
 from qwenref.model.config import Config
+from qwenref.model.matrix import Matrix
 from qwenref.model.precision import POINTS, Precision, Rounding, rounded
-
-EXACT = jax.lax.Precision.HIGHEST
-"""Without it a GPU may multiply float32 matrices as TF32, with 10-bit mantissas."""
-
-
-WIDENED = 24 << 20
-"""Bytes of a matrix that are widened at a time. The allocator keeps what is smaller than 32 MiB and
-takes what is larger from the system each time: all of 7B takes 34 s with 64 MiB, 30 to 32 with 24.
-"""
 
 
 class Arithmetic(nnx.Module):
     """A module whose arrays all have the dtype of the precision's arithmetic.
 
     Weights keep their stored dtype (bf16, f16 or f32) and are widened, exactly, and rounded if the
-    precision says so, where they are used: of a large matrix some rows at a time.
+    precision says so, where they are used.
     """
 
     def __init__(self, config: Config, precision: Precision):
@@ -41,7 +32,7 @@ class Arithmetic(nnx.Module):
         self.roundings = nnx.data(roundings)
 
     @property
-    def matrices(self) -> dict[str, tuple[nnx.Param, ...]]:
+    def matrices(self) -> dict[str, tuple[Matrix, ...]]:
         """What stages multiply with, by their names: matrices [O, I], side by side."""
         return {}
 
@@ -67,17 +58,9 @@ class Arithmetic(nnx.Module):
         return self._rounded(points[1], normed * self._widened(weight))
 
     def _projected(
-        self, x: Float[Array, "T I"], weight: nnx.Param | Array, operands: str
+        self, x: Float[Array, "T I"], matrix: Matrix, operands: str
     ) -> Float[Array, "T O"]:
-        """Multiply with a matrix, some of its rows at a time: widened, it is never there whole."""
-        stored = weight[...]
-        length, width = stored.shape
-        rows = max(1, WIDENED // (width * np.dtype(self.dtype).itemsize))
-        parts = []
-        for start in range(0, length, rows):
-            matrix = self._rounded(operands, self._widened(stored[start : start + rows]))
-            parts.append(jnp.einsum("TI,OI->TO", x, matrix, precision=EXACT))
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+        return matrix.times(x, lambda rows: self._rounded(operands, self._widened(rows)))
 
     def _widened(self, weight: nnx.Param | Array) -> Array:
         return self._rounded("stored", weight[...].astype(self.dtype))

@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from qwenref.model.arithmetic import EXACT, Arithmetic
+from qwenref.model.arithmetic import Arithmetic
 from qwenref.model.config import Config
+from qwenref.model.matrix import EXACT, Matrix
 from qwenref.model.precision import Precision
 from qwenref.model.weights import AttentionWeights
 
@@ -39,15 +40,15 @@ class Attention(Arithmetic):
         """
         super().__init__(config, precision)
         self.norm = nnx.Param(jax.device_put(weights.norm))
-        self.q_proj = nnx.Param(jax.device_put(weights.q_proj))
-        self.k_proj = nnx.Param(jax.device_put(weights.k_proj))
-        self.v_proj = nnx.Param(jax.device_put(weights.v_proj))
-        self.o_proj = nnx.Param(jax.device_put(weights.o_proj))
+        self.q_proj = Matrix(weights.q_proj)
+        self.k_proj = Matrix(weights.k_proj)
+        self.v_proj = Matrix(weights.v_proj)
+        self.o_proj = Matrix(weights.o_proj)
         biases = weights.q_bias, weights.k_bias, weights.v_bias
         self.biases = nnx.data([nnx.Param(jax.device_put(b)) for b in biases if b is not None])
 
     @property
-    def matrices(self) -> dict[str, tuple[nnx.Param, ...]]:
+    def matrices(self) -> dict[str, tuple[Matrix, ...]]:
         """As in `Arithmetic`."""
         projections = self.q_proj, self.k_proj, self.v_proj
         return {"qkv_matmul": projections, "attn_out": (self.o_proj,)}

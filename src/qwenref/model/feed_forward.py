@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from qwenref.model.arithmetic import Arithmetic
 from qwenref.model.config import Config
+from qwenref.model.matrix import Matrix
 from qwenref.model.precision import Precision
 from qwenref.model.weights import FeedForwardWeights
 
@@ -27,12 +28,12 @@ class FeedForward(Arithmetic):
         """
         super().__init__(config, precision)
         self.norm = nnx.Param(jax.device_put(weights.norm))
-        self.gate_proj = nnx.Param(jax.device_put(weights.gate_proj))
-        self.up_proj = nnx.Param(jax.device_put(weights.up_proj))
-        self.down_proj = nnx.Param(jax.device_put(weights.down_proj))
+        self.gate_proj = Matrix(weights.gate_proj)
+        self.up_proj = Matrix(weights.up_proj)
+        self.down_proj = Matrix(weights.down_proj)
 
     @property
-    def matrices(self) -> dict[str, tuple[nnx.Param, ...]]:
+    def matrices(self) -> dict[str, tuple[Matrix, ...]]:
         """As in `Arithmetic`."""
         of = {"ffn_gate": self.gate_proj, "ffn_up": self.up_proj, "ffn_out": self.down_proj}
         return {name: (matrix,) for name, matrix in of.items()}

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from qwenref.model.arithmetic import Arithmetic
 from qwenref.model.config import Config
+from qwenref.model.matrix import Matrix
 from qwenref.model.precision import Precision
 
 
@@ -30,9 +31,7 @@ class Head(Arithmetic):
         return self._normed(residual, self.norm, ("final_normed", "final_norm"))
 
     @jax.jit
-    def lm_head(
-        self, final_norm: Float[Array, "T D"], rows: Float[Array, "O D"]
-    ) -> Float[Array, "T O"]:
+    def lm_head(self, final_norm: Float[Array, "T D"], rows: Matrix) -> Float[Array, "T O"]:
         """The logits of some entries of the vocabulary, whose rows of the matrix are given."""
         x = self._rounded("head_operands", final_norm)
         return self._rounded("lm_head", self._projected(x, rows, "head_operands"))
@@ -51,14 +50,14 @@ class SampledHead(Head):
             precision: What to compute in and what to round.
         """
         super().__init__(config, norm, precision)
-        self.rows = nnx.Param(jax.device_put(rows))
+        self.rows = Matrix(rows)
 
     @property
-    def matrices(self) -> dict[str, tuple[nnx.Param, ...]]:
+    def matrices(self) -> dict[str, tuple[Matrix, ...]]:
         """As in `Arithmetic`."""
         return {"lm_head": (self.rows,)}
 
     @jax.jit
     def sampled_lm_head(self, final_norm: Float[Array, "T D"]) -> Float[Array, "T O"]:
         """The logits of those entries."""
-        return self.lm_head(final_norm, self.rows[...])
+        return self.lm_head(final_norm, self.rows)

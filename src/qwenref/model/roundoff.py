@@ -22,7 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qwenref.model.arithmetic import EXACT, Arithmetic
+from qwenref.model.arithmetic import Arithmetic
+from qwenref.model.matrix import Matrix
 from qwenref.stages import Stage
 
 UNIT = 2.0**-24
@@ -213,7 +214,7 @@ class Roundoff:
         self, rng: np.random.Generator, x: Values, products: Values, stage: str
     ) -> StageErrors:
         narrow = x.astype(np.float32)
-        parts = [_squares(narrow, matrix[...]) for matrix in self._matrices[stage]]
+        parts = [_squares(narrow, matrix) for matrix in self._matrices[stage]]
         squares = np.concatenate(parts, axis=-1)
         errors = self._running_sum(rng, x.shape[-1], squares, products)
         return StageErrors(errors, inner=0, weights=np.sqrt(squares))
@@ -293,7 +294,6 @@ def generator(*words: str) -> np.random.Generator:
 
 
 @jax.jit
-def _squares(x: Float[Array, "T I"], weight: Float[Array, "O I"]) -> Float[Array, "T O"]:
+def _squares(x: Float[Array, "T I"], matrix: Matrix) -> Float[Array, "T O"]:
     """Sums of the squared products of a projection, to float32 precision."""
-    squares = jnp.square(x), jnp.square(weight.astype(x.dtype))
-    return jnp.einsum("TI,OI->TO", *squares, precision=EXACT)
+    return matrix.times(jnp.square(x), lambda rows: jnp.square(rows.astype(x.dtype)))

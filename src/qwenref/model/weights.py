@@ -107,21 +107,30 @@ def check_tensors(checkpoint: Checkpoint, tensors: Iterable[Tensor]) -> None:
     _refuse(checkpoint, checkpoint.problems(dict(tensors)))
 
 
-def read_attention(checkpoint: Checkpoint, layer: int) -> tuple[AttentionWeights, str]:
+def read_attention(
+    checkpoint: Checkpoint, layer: int, over: AttentionWeights | None = None
+) -> tuple[AttentionWeights, str]:
     """Read one layer's attention weights, and their fingerprint.
+
+    Args:
+        checkpoint: Where they are.
+        layer: Of which layer.
+        over: Those of a layer that is done with: its arrays are written over where they fit.
 
     Raises:
         QwenrefError: As `check_tensors`; or tensors hold NaN or infinities: all of them are named,
             with the count.
     """
-    values, fingerprint = _read(checkpoint, present_attention_tensors(checkpoint, layer))
+    values, fingerprint = _read(checkpoint, present_attention_tensors(checkpoint, layer), over)
     absent: dict[str, Any] = dict.fromkeys(BIASES)
     return AttentionWeights(**absent | values), fingerprint
 
 
-def read_feed_forward(checkpoint: Checkpoint, layer: int) -> tuple[FeedForwardWeights, str]:
-    """Read one layer's MLP weights, and their fingerprint; raises as `read_attention`."""
-    values, fingerprint = _read(checkpoint, feed_forward_tensors(checkpoint.config, layer))
+def read_feed_forward(
+    checkpoint: Checkpoint, layer: int, over: FeedForwardWeights | None = None
+) -> tuple[FeedForwardWeights, str]:
+    """Read one layer's MLP weights, and their fingerprint, as `read_attention` does."""
+    values, fingerprint = _read(checkpoint, feed_forward_tensors(checkpoint.config, layer), over)
     return FeedForwardWeights(**values), fingerprint
 
 
@@ -131,12 +140,17 @@ def read_final_norm(checkpoint: Checkpoint) -> tuple[np.ndarray, str]:
     return values["norm"], fingerprint
 
 
-def _read(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Any], str]:
+def _read(
+    checkpoint: Checkpoint,
+    tensors: Mapping[str, Tensor],
+    over: AttentionWeights | FeedForwardWeights | None = None,
+) -> tuple[dict[str, Any], str]:
     check_tensors(checkpoint, tensors.values())
-    values = {
-        field: _aligned_empty(shape, checkpoint.dtype(name))
-        for field, (name, shape) in tensors.items()
-    }
+    values = {}
+    for field, (name, shape) in tensors.items():
+        dtype, old = checkpoint.dtype(name), getattr(over, field, None)
+        fits = old is not None and (old.shape, old.dtype) == (shape, dtype)
+        values[field] = old if fits else _aligned_empty(shape, dtype)
     fingerprint = Fingerprint()
     bad = dict.fromkeys(tensors, 0)
     for field, row, piece in ahead(_pieces(checkpoint, tensors)):

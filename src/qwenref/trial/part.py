@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from qwenref.chain import HEAD_BYTES
@@ -14,6 +13,7 @@ from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
 from qwenref.model.feed_forward import FeedForward
 from qwenref.model.head import Head, SampledHead
+from qwenref.model.matrix import Matrix
 from qwenref.model.precision import Precision
 from qwenref.model.weights import AttentionWeights, FeedForwardWeights, check_tensors, head_matrix
 from qwenref.stages import HEAD, LAYER, RESIDUAL, Stage
@@ -61,8 +61,8 @@ class LayerPart:
         self.config, self.layer = config, layer
         self.weighted = (*OF_ATTENTION * bool(attention), *OF_FEED_FORWARD * bool(feed_forward))
         none = np.zeros(0, np.float32)
-        self._attention = jax.device_put(attention or AttentionWeights(*[none] * 8))
-        self._feed_forward = jax.device_put(feed_forward or FeedForwardWeights(*[none] * 4))
+        self._attention = attention or AttentionWeights(*[none] * 8)
+        self._feed_forward = feed_forward or FeedForwardWeights(*[none] * 4)
         held = [*(attention or ()), *(feed_forward or ())]
         self.dtypes = {np.dtype(x.dtype).name for x in held if x is not None}
         self.stored = "" if attention is None else np.dtype(attention.norm.dtype).name
@@ -131,7 +131,7 @@ class HeadPart:
         parts = [np.asarray(head.lm_head(*given, rows)) for rows in self._slices(head.dtype)]
         return np.concatenate(parts, axis=-1)
 
-    def _slices(self, dtype: Any) -> Iterator[jax.Array]:
+    def _slices(self, dtype: Any) -> Iterator[Matrix]:
         """Yield the matrix, some rows at a time."""
         checkpoint = self._checkpoint
         if checkpoint is None:
@@ -140,7 +140,7 @@ class HeadPart:
         size = max(1, HEAD_BYTES // (np.dtype(dtype).itemsize * D))
         for start in range(0, V, size):
             pieces = checkpoint.rows(name, start, min(start + size, V))
-            yield jax.device_put(np.concatenate([piece for _, piece in pieces]))
+            yield Matrix(np.concatenate([piece for _, piece in pieces]))
 
 
 Part = LayerPart | HeadPart
