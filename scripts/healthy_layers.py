@@ -27,6 +27,7 @@ from qwenref.model.weights import (
     read_final_norm,
 )
 from qwenref.stages import LAYER
+from qwenref.trial.explanation import LayersExplanation
 from qwenref.trial.layer_words import layers_report
 
 SHAPES = (
@@ -99,6 +100,41 @@ class Model:
         return dict(zip((stage.name for stage in LAYER[9:]), arrays, strict=True))
 
 
+class HealthyModel:
+    """The dump of a whole model, drawn at random."""
+
+    def __init__(self, number: int, folder: Path):
+        """Write the model, and the dump, into a folder."""
+        rng = np.random.default_rng([number, 9])
+        styles = [*draw_styles(rng).items()]
+        kind, style = styles[number % len(styles)]
+        shape = one_of(rng, *SHAPES)
+        dtype = one_of(rng, "bfloat16", "bfloat16", "float32", "float16")
+        self._left_out = one_of(rng, 0, 0, 0.1, 0.4)
+        self._model, self._dump = folder / "model", folder / "dump"
+        write(self._model, shape, dtype=dtype)
+        length = one_of(rng, 2, 7, 12, 24)
+        self._tokens: list[int] = rng.integers(shape.vocab_size, size=length).tolist()
+        for (layer, name), x in Model(self._model, style).dump(self._tokens):
+            if rng.random() >= self._left_out:
+                path = self._dump / stage_path(layer, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_aprt(path, layer, rounded(x, style.files))
+        self.text = (
+            f"{number}, {kind}, {shape}, {dtype}, T={length}, left out {self._left_out}\n"
+            f"    {particulars(style)} {particulars(style.habits)}"
+        )
+
+    def explained(self) -> LayersExplanation:
+        """Explain all of it."""
+        return explain_layers(self._dump, model=self._model, tokens=self._tokens)
+
+    def alarm(self, found: LayersExplanation) -> str:
+        """Return the report if it finds a fault, or does not agree though nothing is left out."""
+        wrong = found.origins or (not self._left_out and found.verdict != "agree")
+        return layers_report(found) if wrong else ""
+
+
 def main() -> None:
     """Parse the command line, make the dumps, have them explained, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -108,30 +144,13 @@ def main() -> None:
     counts: Counter[str] = Counter()
     parts: Counter[str] = Counter()
     for number in range(options.first, options.first + options.cases):
-        rng = np.random.default_rng([number, 9])
-        styles = [*draw_styles(rng).items()]
-        kind, style = styles[number % len(styles)]
-        shape, dtype = (
-            one_of(rng, *SHAPES),
-            one_of(rng, "bfloat16", "bfloat16", "float32", "float16"),
-        )
-        left_out = one_of(rng, 0, 0, 0.1, 0.4)
         with tempfile.TemporaryDirectory() as folder:
-            model, dump = Path(folder) / "model", Path(folder) / "dump"
-            write(model, shape, dtype=dtype)
-            tokens = rng.integers(shape.vocab_size, size=one_of(rng, 2, 7, 12, 24)).tolist()
-            for (layer, name), x in Model(model, style).dump(tokens):
-                if rng.random() >= left_out:
-                    path = dump / stage_path(layer, name)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    write_aprt(path, layer, rounded(x, style.files))
-            found = explain_layers(dump, model=model, tokens=tokens)
+            one = HealthyModel(number, Path(folder))
+            found = one.explained()
         counts[found.verdict] += 1
         parts.update(part.verdict for part in found.parts)
-        if found.origins or (not left_out and found.verdict != "agree"):
-            print(f"{number}, {kind}, {shape}, {dtype}, T={len(tokens)}, left out {left_out}")
-            print(f"    {particulars(style)} {particulars(style.habits)}")
-            print(layers_report(found), flush=True)
+        if alarm := one.alarm(found):
+            print(f"{one.text}\n{alarm}", flush=True)
     print(dict(counts), "of their parts", dict(parts))
 
 

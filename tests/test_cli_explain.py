@@ -152,7 +152,7 @@ def test_json_of_all_layers_is_what_python_returns(explain: Cli) -> None:
 def test_what_was_not_dumped_is_said(explain: Cli) -> None:
     status, out, _ = explain("llama-f32", *MODEL, "--layers", "all", "-q")
     assert (status, out.splitlines()[0]) == (
-        *(2, "INCOMPLETE: layers 1 to 2 and the head not dumped"),
+        *(2, "INCOMPLETE: nothing was dumped of layers 1 to 2 and the head"),
     )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from healthy import Healthy, draw_styles
+from healthy_layers import HealthyModel
 
 KINDS = len(draw_styles(np.random.default_rng(0)))
 ONCE_TAKEN_FOR_FAULTS = [
@@ -34,6 +35,12 @@ def test_a_fault_is_an_alarm(models: Path) -> None:
     last = [*one.written][-1]
     one.written[last] = one.written[last] * 1.5
     assert one.alarm(one.explained())
+
+
+@pytest.mark.parametrize("number", [0, 3, 4, 5, 6, 7, 9])  # the quicker ones of the first
+def test_honest_engines_layer_by_layer(number: int, tmp_path: Path) -> None:
+    one = HealthyModel(number, tmp_path)
+    assert not one.alarm(one.explained()), one.text
 
 
 def alarms(models: Path, numbers: Iterable[int]) -> list[str]:

@@ -163,6 +163,13 @@ def test_what_follows_a_fault_only_inherits_it() -> None:
     assert found.parts[-1].layer == 0
 
 
+def test_other_tokens_are_recovered() -> None:
+    ran = explain_layers(DATA / "apr-f32", model=TINY).tokens or []
+    found = explain_layers(DATA / "apr-f32", model=TINY, tokens=[*ran[:3], 7, *ran[4:]])
+    assert origins(found) == [(0, "embedding")]
+    assert any(line.startswith(f"Your engine ran {ran}, not [") for line in found.summary)
+
+
 # What cannot be used
 
 

@@ -89,7 +89,7 @@ def _verdict(parts: Sequence[Explanation], missing: Sequence[Place]) -> tuple[Ve
     open_ = [part for part in parts if part.verdict == "incomplete"]
     if open_ or missing:
         said = [f"{_named(places)}: {reason}" for reason, places in _reasons(open_)]
-        said += [f"{_named(missing)} not dumped"] if missing else []
+        said += [f"nothing was dumped of {_named(missing)}"] if missing else []
         return "incomplete", "; ".join(said)
     right = [part.layer for part in parts]
     noise = ", but for rounded weights" if any(part.weight_noise for part in parts) else ""
@@ -116,7 +116,7 @@ def _summary(answer: LayersExplanation) -> Iterator[str]:
     faulty = [part for part in answer.parts if part.verdict == "fault"]
     for reason, places in _reasons(faulty[1:]):
         yield f"{_capital(_named(places))}: {reason}"
-    causes = [(line, part.layer) for part in faulty for line in causes_of(part.stages)]
+    causes = [(line, part.layer) for part in faulty for line in causes_of(part)]
     for line, places in _together(causes):
         yield line if len(faulty) == 1 else f"{_capital(_named(places))}: {line}"
     how = [("; ".join(computes(part.stages)), part.layer) for part in answer.parts]

@@ -59,10 +59,7 @@ def verdict_of(answer: Explanation) -> tuple[Verdict, str]:
 
 def summary_of(answer: Explanation) -> list[str]:
     """Return the last lines of the report."""
-    lines = [f"{part_named(answer.layer)}: {answer.reason}", *causes_of(answer.stages)]
-    if answer.tokens_recovered is not None:
-        words = in_words(answer.tokens_recovered, answer.tokens or [])
-        lines.append(words[0].upper() + words[1:] + ".")
+    lines = [f"{part_named(answer.layer)}: {answer.reason}", *causes_of(answer)]
     lines += _unseen(answer.stages)
     how = "; ".join(computes(answer.stages))
     if how:
@@ -77,10 +74,10 @@ def part_named(layer: int | None) -> str:
     return "head" if layer is None else f"layer {layer}"
 
 
-def causes_of(stages: Sequence[StageExplained]) -> Iterator[str]:
+def causes_of(answer: Explanation) -> Iterator[str]:
     """Yield what the mistakes are; what is made in several stages, once."""
     by_text: dict[str, list[StageExplained]] = {}
-    for of in stages:
+    for of in answer.stages:
         if of.cause is not None and of.cause.id != "tokens":
             by_text.setdefault(of.cause.text, []).append(of)
     for text, found in by_text.items():
@@ -92,13 +89,16 @@ def causes_of(stages: Sequence[StageExplained]) -> Iterator[str]:
             else f"{listed([of.stage for of in found])} to"
         )
         yield f"Cause: {text}: reproduces {one} {left:.2g}{others}."
-    for of in stages:
+    for of in answer.stages:
         if of.hidden is not None:
             others = " (or another: see above)" if of.equivalent else ""
             yield f"Hidden under the noise of {of.stage}: {_certain(of.hidden)}{others}."
-    unknown = [of.stage for of in stages if of.status in ORIGIN and of.cause is None]
+    unknown = [of.stage for of in answer.stages if of.status in ORIGIN and of.cause is None]
     if unknown:
         yield f"Cause: unknown, of {listed(unknown)}."
+    if answer.tokens_recovered is not None:
+        words = in_words(answer.tokens_recovered, answer.tokens or [])
+        yield words[0].upper() + words[1:] + "."
 
 
 def _unseen(stages: Sequence[StageExplained]) -> Iterator[str]:
