@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,11 @@ from write_faults import PAGE, faults
 
 from qwenref import explain
 from qwenref.bundled import tiny_checkpoint
+from qwenref.dumps.layout import LAYOUTS
 from qwenref.mistakes.catalogue import MISTAKES
 from qwenref.mistakes.seen import SEEN
-from qwenref.selftest import LENGTHS, SHAPES, Cell, outcomes_in, plants
+from qwenref.oracle import computing
+from qwenref.selftest import LENGTHS, SHAPES, Cell, Field, outcome_of, outcomes_in, plants
 from qwenref.trial.explanation import Explanation
 
 TOKENS = [87, 104, 97, 116, 32, 105, 115, 32, 50, 43, 50, 63]
@@ -80,6 +83,27 @@ def test_a_sample_of_what_we_plant(number: int) -> None:
     wrong = [of for of in outcomes if not (of.localised and of.named == (of.visible or of.hidden))]
     assert not wrong
     assert sum(of.visible for of in outcomes) > len(outcomes) / 2
+
+
+@pytest.mark.parametrize(
+    ("text", "stages", "number", "T"),
+    [
+        ("", ("attn_norm",), 1, 2),  # any-step
+        ("", ("ffn_norm",), 1, 7),
+        ("", ("lm_head",), 1, 7),
+        ("the mean, not the sum", ("post_attn_residual", "post_ffn_residual"), 0, 7),
+    ],
+)
+def test_what_an_engine_in_bfloat16_blurs(
+    text: str, stages: tuple[str, ...], number: int, T: int, tmp_path: Path
+) -> None:
+    id_ = "residual-times" if text else "any-step"
+    (plant,) = (of for of in plants() if (of.mistake.id, of.text, of.stages) == (id_, text, stages))
+    with computing("float64", "cpu"):
+        field = Field(tmp_path / "model", Cell([*SHAPES][number], T, "bfloat16"))
+        outcome = outcome_of(field, plant, next(iter(LAYOUTS)), tmp_path)
+    assert outcome is not None
+    assert (outcome.visible, outcome.localised, outcome.named) == (True, True, True), outcome.said
 
 
 def test_the_command() -> None:

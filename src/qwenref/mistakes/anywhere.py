@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qwenref.metrics import cells_of
+from qwenref.mistakes.coarse import multiples, steps
 from qwenref.mistakes.mistake import CannotBe, Mistake, Setting, needs
-from qwenref.model.formats import fits, spacing
 from qwenref.stages import BY_NAME, EMBEDDING, HEAD, LAYER, RESIDUAL, Stage
 
 STAGES = (RESIDUAL, *(stage.name for stage in (*LAYER, *HEAD)))
@@ -21,12 +21,6 @@ ENOUGH = 3
 
 NEARLY = 0.2
 """Relative distance of a row or head to the one that it is taken for."""
-
-LEVELS = 1 << 15
-"""Of whole numbers in 16 bits. Values of that many levels are float32 ones just as well."""
-
-LOWEST = 8
-"""Of rounded values, the levels whose distances show the step: they are off by 1/50 at most."""
 
 FEW = 0.02
 """Part of the values that may be wrong each by itself."""
@@ -297,33 +291,6 @@ def _limits(s: Setting, dumped: np.ndarray | None) -> Iterator[tuple[float, floa
         yield (low, np.inf)
 
 
-def _stepped(s: Setting, step: float) -> np.ndarray:
-    return np.rint(s.right(*s.given) / step) * step
-
-
-def _steps(s: Setting, dumped: np.ndarray | None) -> Iterator[float]:
-    """Yield the step of which all values are multiples, but for a last rounding to 16 bits."""
-    if dumped is None or not np.isfinite(dumped).all():
-        return
-    narrow = next((of for of in ("bfloat16", "float16") if fits(dumped, of)), None)
-    sizes = np.unique(np.abs(dumped))
-    gaps = np.diff(sizes[: None if narrow is None else LOWEST], prepend=0.0)
-    gaps = gaps[gaps > 1e-6 * sizes[-1]]
-    if not len(gaps):
-        return
-    step, known = float(gaps.min()), LOWEST
-    while known < 2 * len(sizes):  # the more levels, the better the step, the higher the next ones
-        whole = np.rint(sizes[:known] / step)
-        step = float(np.vdot(whole, sizes[:known]) / max(1.0, np.vdot(whole, whole)))
-        known *= 2
-    whole = np.rint(sizes / step)
-    rounding = 0.0 if narrow is None else spacing(sizes, narrow) / 2
-    if 1 < whole[-1] < LEVELS and np.all(
-        np.abs(sizes - whole * step) < 0.5 * NEARLY * step + rounding
-    ):
-        yield step
-
-
 def _nearest_stage(s: Setting, _: np.ndarray | None) -> Iterator[str]:
     for name in SAME_SHAPE.get(s.stage, ()):
         try:
@@ -506,11 +473,12 @@ MISTAKES = (
         "step",
         "whole multiples of {:.4g}: quantised",
         "round(y / c) * c",
-        _stepped,
-        values=_steps,
+        multiples,
+        values=steps,
         stages=STAGES[1:],
         planted=(_rms(0.05),),
         general=True,
+        rounds=True,
     ),
     _anywhere(
         "single-values",

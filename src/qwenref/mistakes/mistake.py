@@ -69,7 +69,8 @@ class Mistake:
         said: Of a family: the value in words; None if the text formats it.
         in_file: Whether it is made when a file is written, and nothing is computed from it.
         general: Whether it only describes what is off; anything else explains more.
-        rounds: Whether it is a way to round: below the noise it is none.
+        rounds: Whether it is a way to round: below the noise it is none, and where that is nearly a
+            tie, values may go the other way.
     """
 
     id: str

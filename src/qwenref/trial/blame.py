@@ -253,7 +253,7 @@ class Trial:
         weights. It does not speak for a dump that is passed over to explain it.
         """
         account, bits = self._account(name, skip, again=True)
-        if any(of in choice.dialect.skips for choice in account.choices):
+        if account.choices and all(of in choice.dialect.skips for choice in account.choices):
             return 0
         if account.agrees:
             return 2 if any(choice.dialect.estimated for choice in account.choices) else 3

@@ -3,7 +3,7 @@
 import numpy as np
 
 from qwenref.metrics import MARGIN, sums_of
-from qwenref.trial.dialects import EXACT, Dialect, minus_bias, result_dialects
+from qwenref.trial.dialects import EXACT, Dialect, result_dialects
 from qwenref.trial.normal import Honest, rows_off, share_of_rows_off
 from qwenref.trial.replay import Replay, Skip
 from qwenref.trial.residual import Weighed, compared, residual_of, row_of, weighed
@@ -49,16 +49,28 @@ def are_flips(replay: Replay, name: str, skip: Skip, left: Weighed) -> bool:
     return was >= MOST and now <= FEW
 
 
-def few_values_off(replay: Replay, name: str, skip: Skip, dialect: Dialect) -> bool:
-    """Return whether nearly all values of a difference are as computed."""
-    unrounded = weighed(replay, name, skip, minus_bias())
-    sums, normal = unrounded.residual.sums, unrounded.floors.element or 0.0
+def few_values_off(
+    replay: Replay, name: str, skip: Skip, dialect: Dialect, judged: Weighed
+) -> bool:
+    """Return whether nearly all values are as computed, with the floors of what was judged."""
+    sums, normal = judged.residual.sums, judged.floors.element or 0.0
     scale = np.sqrt(sums.scale.sum() / sums.cells.sum())
     off = [
-        np.abs(dumped - truth) > MARGIN * normal * scale
+        (np.abs(dumped - truth) > MARGIN * normal * scale).ravel()
         for _, truth, dumped in compared(replay, name, replay.held[name], skip, dialect)
     ]
     return float(np.mean(np.concatenate(off))) <= FEW_VALUES
+
+
+def are_ties(replay: Replay, name: str, skip: Skip, dialect: Dialect, left: Weighed) -> bool:
+    """Return whether rounding to coarse steps leaves but values that were rounded the other way.
+
+    Such a value is off by a step: twice as much as any was before.
+    """
+    before, after = residual_of(replay, name, skip), left.residual
+    if after.contradictions or np.max(after.sums.largest) > 2 * np.max(before.sums.largest):
+        return False
+    return few_values_off(replay, name, skip, dialect, left)
 
 
 def is_from_inputs(replay: Replay, name: str, skip: Skip, honest: Honest) -> bool:

@@ -10,6 +10,7 @@ from qwenref.chain import Span
 from qwenref.mistakes.catalogue import MISTAKES
 from qwenref.mistakes.mistake import CannotBe
 from qwenref.trial.dialects import EXACT, NARROW, Dialect, operand_dialects
+from qwenref.trial.evidence import are_ties
 from qwenref.trial.executed import Found, variants
 from qwenref.trial.normal import Honest, floor_of
 from qwenref.trial.precision import all_fit, ways_to_round
@@ -66,7 +67,8 @@ def name_cause(replay: Replay, tensors: Tensors, name: str, skip: Skip) -> Namin
     span = _most_telling(replay, name, skip)
     before = _error(replay, name, skip, EXACT, span)
     tried = sorted(_tried(replay, tensors, name, skip, span), key=lambda of: of.error_after)
-    likely = [of for of in tried if of.error_after <= BETTER * before]
+    # of what rounds, the engine's own roundings decide where ties go: not yet executed
+    likely = [of for of in tried if of.error_after <= BETTER * before or of.mistake.rounds]
     for general in (False, True):
         kind = [of for of in likely if of.mistake.general == general]
         for precisions, number in _precisions(replay, name, skip):
@@ -119,7 +121,7 @@ def _agreeing(
             one = weighed(replay, name, skip, dialect, honest=honest)
         except CannotBe:  # of other tokens
             return None
-        if one.agrees:
+        if one.agrees or (of.mistake.rounds and are_ties(replay, name, skip, dialect, one)):
             return of._replace(dialect=dialect, error_after=one.residual.errors.whole or 0.0)
     return None
 

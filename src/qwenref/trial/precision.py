@@ -104,12 +104,17 @@ def _results(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
                 for one in found
                 if one[1].agrees
                 # what is normal of a difference is much; but all of it can be executed
-                and (not one[0].minus_bias or few_values_off(replay, name, skip, one[0]))
+                and (not one[0].minus_bias or _is_a_difference(replay, name, skip, one[0]))
             ]
             if agreeing:
                 least = min(map(_left, agreeing))
                 return [one for one in agreeing if _left(one) <= least]
     return []
+
+
+def _is_a_difference(replay: Replay, name: str, skip: Skip, dialect: Dialect) -> bool:
+    """Return whether nearly all values are as executed, for one that is not rounded."""
+    return few_values_off(replay, name, skip, dialect, weighed(replay, name, skip, minus_bias()))
 
 
 def ways_to_round(replay: Replay, name: str, skip: Skip, narrow: str) -> Iterator[list[Dialect]]:
