@@ -2,7 +2,7 @@
 
     python scripts/measure_rounded_norms.py
 
-An engine may round the mean of the squares, the root or all steps to 16 bits, or cut them off there.
+An engine may round the mean of the squares, the root or all steps to 16 bits, or cut them off.
 Printed is how far that, and the smallest mistakes, take the result from that of a norm of which the
 result alone is rounded (relative L2), how often `qwenref explain` blames the stage, and how far a
 row's common factor is from 1 at most where it does not.
