@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 import qwenref
@@ -19,7 +20,7 @@ from qwenref.dumps.manifest import StageNoise
 from qwenref.dumps.place import new_dump
 from qwenref.dumps.tree import StageWriter, Written
 from qwenref.errors import QwenrefError
-from qwenref.forward import Forward, Plan
+from qwenref.forward import EnteredHead, EnteredLayer, Forward, Plan
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
 from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
@@ -128,37 +129,15 @@ def capture(
         else:
             rows, rows_print = start.stream.values.reshape(T, -1), None
         forward = Forward(checkpoint, plan, rows, precision)
-        dumping = _Dumping(folder, sizes, arrange, progress)
+        floors = NoiseFloors(config, T) if noise else None
+        weights = manifest.Weights({}, rows_print, biases=False)
+        dumping = _Dumping(folder, sizes, arrange, plan, floors, weights, progress)
         progress.step("compiling")
         progress.expect(sum(_count(stage, sizes) for stage in planned) * VALUE.itemsize)
-        attentions, feed_forwards, biases = {}, {}, False
-        floors = NoiseFloors(config, T)
-        noises: dict[str, StageNoise] = {}
-        for read, stream, pieces in forward.layers():
-            dumping.write(read.number, pieces)
-            name = str(read.number)
-            attentions[name] = read.attention_print
-            if read.feed_forward_print is not None:
-                feed_forwards[name] = read.feed_forward_print
-            biases |= read.attention.q_bias is not None
-            needed = [stage for stage in plan.needed(read.number) if stage != EMBEDDING]
-            if noise and needed:
-                progress.step(f"computing the noise floor of layer {read.number}")
-                found = floors.of_layer(read.attention, read.feed_forward, stream, needed)
-                noises |= {
-                    manifest.floor_name(read.number, stage.name): found[stage.name]
-                    for stage in plan.of_layer(read.number)
-                    if stage.name in found
-                }
-        final_norm_print = head_print = None
+        for layer in forward.layers():
+            dumping.write_layer(layer)
         if plan.of_model:
-            norm, final_norm_print, matrix, pieces = forward.head()
-            dumping.write(None, pieces)
-            head_print = None if matrix is None else matrix.fingerprint
-            if noise:
-                sample = None if matrix is None else np.concatenate(matrix.sample)
-                found = floors.of_head(norm, sample, forward.stream, last=not all_logits)
-                noises |= {stage.name: found[stage.name] for stage in plan.of_model}
+            dumping.write_head(forward.head(), forward.stream)
         made = manifest.write_manifest(
             folder,
             engine="qwenref",
@@ -172,30 +151,80 @@ def capture(
             tokens=start.tokens or None,
             input=None if start.stream is None else start.stream.fingerprint,
             config=config,
-            weights=manifest.Weights(
-                layers=attentions,
-                embedding=rows_print,
-                biases=biases,
-                feed_forwards=feed_forwards,
-                final_norm=final_norm_print,
-                lm_head=head_print,
-            ),
+            weights=dumping.weights,
             stages=[stage.file for stage in dumping.written],
-            noise=manifest.Noise(floors.positions.tolist(), noises) if noises else None,
+            noise=dumping.noise,
         )
     return Captured(output, made, dumping.written, T)
 
 
 class _Dumping:
-    """The files of a dump, layer after layer."""
+    """The files of a dump, layer after layer, and what its manifest says of their making.
 
-    def __init__(self, folder: Path, sizes: Mapping[str, int], arrange: Layout, progress: Progress):
+    Attributes:
+        written: The files.
+        weights: Fingerprints of what was read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        sizes: Mapping[str, int],
+        arrange: Layout,
+        plan: Plan,
+        floors: NoiseFloors | None,
+        weights: manifest.Weights,
+        progress: Progress,
+    ):
         self._folder, self._sizes, self._arrange = folder, sizes, arrange
-        self._progress = progress
+        self._plan, self._floors, self._progress = plan, floors, progress
         self.written: list[Written] = []
+        self.weights = weights
+        self._noises: dict[str, StageNoise] = {}
 
-    def write(self, layer: int | None, pieces: Iterable[Piece]) -> None:
-        """Write the stages of a layer, or of the whole model."""
+    @property
+    def noise(self) -> manifest.Noise | None:
+        """The noise floor of each stage, if it was computed of any."""
+        if self._floors is None or not self._noises:
+            return None
+        return manifest.Noise(self._floors.positions.tolist(), self._noises)
+
+    def write_layer(self, layer: EnteredLayer) -> None:
+        """Compute and write the stages of a layer."""
+        read, stream, pieces = layer
+        self._write(read.number, pieces)
+        name, made = str(read.number), self.weights
+        feed_forwards = {} if read.feed_forward_print is None else {name: read.feed_forward_print}
+        self.weights = msgspec.structs.replace(
+            made,
+            layers=made.layers | {name: read.attention_print},
+            feed_forwards=made.feed_forwards | feed_forwards,
+            biases=made.biases or read.attention.q_bias is not None,
+        )
+        needed = [stage for stage in self._plan.needed(read.number) if stage != EMBEDDING]
+        if self._floors is not None and needed:
+            self._progress.step(f"computing the noise floor of layer {read.number}")
+            found = self._floors.of_layer(read.attention, read.feed_forward, stream, needed)
+            self._noises |= {
+                manifest.floor_name(read.number, stage.name): found[stage.name]
+                for stage in self._plan.of_layer(read.number)
+                if stage.name in found
+            }
+
+    def write_head(self, head: EnteredHead, stream: np.ndarray) -> None:
+        """Compute and write the stages of the whole model, which a stream enters."""
+        self._write(None, head.pieces)
+        matrix_print = None if head.matrix is None else head.matrix.fingerprint
+        self.weights = msgspec.structs.replace(
+            self.weights, final_norm=head.norm_print, lm_head=matrix_print
+        )
+        if self._floors is not None:
+            sample = None if head.matrix is None else np.concatenate(head.matrix.sample)
+            last = not self._plan.all_logits
+            found = self._floors.of_head(head.norm, sample, stream, last=last)
+            self._noises |= {stage.name: found[stage.name] for stage in self._plan.of_model}
+
+    def _write(self, layer: int | None, pieces: Iterable[Piece]) -> None:
         where = "" if layer is None else f" of layer {layer}"
         with ExitStack() as files:
             writers: dict[Stage, StageWriter] = {}
