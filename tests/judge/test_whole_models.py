@@ -73,6 +73,13 @@ def test_what_is_not_in_all_of_many_layers_is_counted(ours: Path, copy: Path) ->
     assert "not in all of them: ffn_norm of 9 layers, ffn_gate of 9 layers, ffn_up of 9" in text
 
 
+def test_it_is_said_which_floors_are_of_other_prompts(ours: Path, copy: Path) -> None:
+    last = report(qwenref.diff(ours, copy)).splitlines()[-1]
+    assert last.endswith("stages (generic floor of embedding)")  # no engine adds noise to a lookup
+    (copy / "layer-0/embedding.bin").unlink()
+    assert "generic" not in report(qwenref.diff(ours, copy)).splitlines()[-1]
+
+
 def test_growth_of_rounding_with_depth_is_innocent(model: Path, ours: Path, tmp_path: Path) -> None:
     """Live transformers in bfloat16, against floors that were accumulated for nine layers."""
     theirs = stages_of(load(model, "bfloat16", 8), TOKENS, range(9))

@@ -74,6 +74,7 @@ def test_a_dump_without_a_model_is_judged_where_no_weights_are_needed(tmp_path: 
     capture(TINY, tmp_path / "ours", layers=None, stages=None)
     found = explain_layers(tmp_path / "ours")
     assert found.verdict == "incomplete"
+    assert found.reason.count("could not be judged: give the checkpoint with --model") == 2
     assert statuses(found, 1)["post_attn_residual"] == "agree"
     assert statuses(found, 1)["ffn_gate"] == "unmeasured"
 

@@ -13,7 +13,7 @@ from qwenref.judge.slices import describe
 
 WIDTH = 100
 
-_COUNT = re.compile(r": [0-9]+ stages?( \(generic floor\))?")
+_COUNT = re.compile(r": [0-9]+ stages?( \(generic floor[^)]*\))?")
 """What a line that is too long can do without, since the table says it."""
 
 MOST_LAYERS = 4

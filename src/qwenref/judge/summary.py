@@ -247,7 +247,6 @@ def _precisions(stages: Sequence[StageResult], open_: Sequence[StageResult]) -> 
     held = [(stage, _coarsest([stage])) for stage in stages if stage.precision is not None]
     if not held:
         return f"within the tolerance{count}{lacking}"
-    generic = " (generic floor)" if any(s.floor_origin == "generic" for s, _ in held) else ""
     steps = held[:1]
     for stage, precision in held:
         if precision != steps[-1][1]:
@@ -258,7 +257,14 @@ def _precisions(stages: Sequence[StageResult], open_: Sequence[StageResult]) -> 
         before = [f"{precision} from {_place(stage)}" for stage, precision in earlier[1:]]
         before.append(f"{earlier[0][1]} before")
         text += f" from {_place(last)} on ({', '.join(before)})"
-    return f"{text}{count}{generic}{lacking}"
+    return f"{text}{count}{_generic([stage for stage, _ in held])}{lacking}"
+
+
+def _generic(stages: Sequence[StageResult]) -> str:
+    """Say whether floors of other prompts stood for some stages' own."""
+    of = [stage for stage in stages if stage.floor_origin == "generic"]
+    which = f" of {_names(of)}" if len(of) < len(stages) else ""
+    return f" (generic floor{which})" if of else ""
 
 
 def _coarsest(stages: Sequence[StageResult]) -> str:

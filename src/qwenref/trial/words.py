@@ -50,7 +50,8 @@ def verdict_of(answer: Explanation) -> tuple[Verdict, str]:
         and (of.status == "blind" or (of.status == "unmeasured" and of.stage not in bridged))
     ]
     if open_:
-        return "incomplete", f"no stage is wrong, but {listed(open_)} could not be judged"
+        how = "" if answer.model else ": give the checkpoint with --model"
+        return "incomplete", f"no stage is wrong, but {listed(open_)} could not be judged{how}"
     noise = ", but for rounded weights" if answer.weight_noise else ""
     over = [of.stage for of in answer.stages if of.status == "unmeasured"]
     across = f"; {listed(over)} not dumped, and bridged" if over else ""
