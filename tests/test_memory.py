@@ -6,7 +6,7 @@ token that docs/performance.md states.
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,12 @@ NOISE = 100e6
 
 SPREAD = 30e6
 """Between two runs of the same command: 5 to 15 MB were seen."""
+
+RUNS = 3
+"""One of so many has to stay below. While three other processes kept two cores busy, 20 runs of
+"keys of a long prompt" took 313 to 336 MB, and those with a fixed MALLOC_MMAP_THRESHOLD_ 299 to
+308: the allocator keeps more or less of what was freed. What is held twice shows in every run.
+"""
 
 WIDE = Shape(4096, 32, 8, 16, 1, 320)
 LONG = replace(FAMILY["0.5b"], num_hidden_layers=1, vocab_size=320)
@@ -63,13 +69,16 @@ def test_only_the_layers_weights_and_what_a_piece_needs_are_held(
     ids.write_text(f"{[9] * T}")
     options = ["capture", "-q", "--model", str(model), "--tokens", f"@{ids}", "--stages", stages]
     options += ["--dtype", computed, "-o", str(output), "--force"]
-    peak = peak_of(*options, "--no-noise")
     config = Checkpoint(model).config
     weights = bytes_of(attention_tensors(config, 0), np.dtype(stored).itemsize)
-    outputs = sum(file.stat().st_size for file in output.rglob("*.bin"))
-    assert outputs > 0
-    assert peak <= weights + outputs + BASELINE
-    assert peak_of(*options) <= weights + outputs + BASELINE + NOISE
+    for added, more in (["--no-noise"], 0), ([], NOISE):
+        peaks: list[int] = []
+        for peak in peaks_of(*options, *added):
+            peaks.append(peak)
+            if peak <= weights + outputs_of(output) + BASELINE + more:
+                break
+        else:
+            pytest.fail(f"{peaks} bytes were held, of weights {weights}, {outputs_of(output)}")
 
 
 def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
@@ -89,6 +98,18 @@ def test_memory_does_not_grow_with_layers(tmp_path: Path) -> None:
 
 def bytes_of(tensors: Mapping[str, Tensor], itemsize: int) -> int:
     return itemsize * sum(math.prod(tensor.shape) for tensor in tensors.values())
+
+
+def outputs_of(dump: Path) -> int:
+    outputs = sum(file.stat().st_size for file in dump.rglob("*.bin"))
+    assert outputs > 0
+    return outputs
+
+
+def peaks_of(*arguments: str) -> Iterator[int]:
+    """Run the same command up to `RUNS` times, as often as is asked for."""
+    for _ in range(RUNS):
+        yield peak_of(*arguments)
 
 
 def peak_of(*arguments: str) -> int:

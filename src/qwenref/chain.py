@@ -78,6 +78,8 @@ def layer_pieces(layer: Layer, residual: np.ndarray, wanted: Collection[Stage]) 
         wanted: Stages of `qwenref.stages.LAYER`; `EMBEDDING` is `residual` itself.
     """
     for stage, span, array in _begun_ahead(_computed(layer, residual, needed_for(wanted))):
+        # of a chain where few stages are wanted, JAX would hold several blocks that it began with
+        jax.block_until_ready(array)
         if stage in wanted:
             if stage.name == "qkv_matmul":
                 array = layer.attention.at("qkv_matmul", array)
