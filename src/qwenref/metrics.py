@@ -188,20 +188,22 @@ def _ratios(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> tuple[np.ndar
     per_token = Sums(*(np.add.reduceat(part, first_heads, axis=-1) for part in sums))
     mean_squares = per_block.scale / per_block.cells
 
-    def scales(part: Sums, least: np.ndarray | int) -> np.ndarray:
-        return np.maximum(part.scale / part.cells, least).min(axis=0)
-
-    def relative(part: Sums, least: np.ndarray | int = 0) -> np.ndarray:
-        return _ratio(part.error / part.cells, scales(part, least)) ** 0.5
-
     of_heads = mean_squares[:, block]
     return (
-        relative(Sums(*(part.sum(axis=-1, keepdims=True) for part in per_head))),
-        relative(per_block),
-        relative(per_head, of_heads),
-        relative(per_token, mean_squares[:, None]).max(axis=1),
-        _ratio(sums.largest, scales(sums, of_heads[:, None]) ** 0.5).reshape(-1),
+        _relative(Sums(*(part.sum(axis=-1, keepdims=True) for part in per_head))),
+        _relative(per_block),
+        _relative(per_head, of_heads),
+        _relative(per_token, mean_squares[:, None]).max(axis=1),
+        _ratio(sums.largest, _scales(sums, of_heads[:, None]) ** 0.5).reshape(-1),
     )
+
+
+def _relative(part: Sums, least: np.ndarray | int = 0) -> np.ndarray:
+    return _ratio(part.error / part.cells, _scales(part, least)) ** 0.5
+
+
+def _scales(part: Sums, least: np.ndarray | int) -> np.ndarray:
+    return np.maximum(part.scale / part.cells, least).min(axis=0)
 
 
 def heads_in(stage: Stage, sizes: Mapping[str, int]) -> int:

@@ -189,14 +189,14 @@ def for_elements(floors: Errors) -> Errors:
 
 def seeing(floors: Errors) -> Errors:
     """Return floors without those that let nearly everything pass."""
-
-    def kept(floor: Error) -> Error:
-        return floor if floor is not None and floor * MARGIN < BLIND else None
-
     return Errors(
-        kept(floors.whole),
-        [*map(kept, floors.blocks)],
-        [*map(kept, floors.heads)],
-        [*map(kept, floors.tokens)],
-        kept(floors.element),
+        _seeing(floors.whole),
+        [*map(_seeing, floors.blocks)],
+        [*map(_seeing, floors.heads)],
+        [*map(_seeing, floors.tokens)],
+        _seeing(floors.element),
     )
+
+
+def _seeing(floor: Error) -> Error:
+    return floor if floor is not None and floor * MARGIN < BLIND else None
