@@ -7,19 +7,19 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
 import torch
-from comparison import NOISE, rel_l2
+from comparison import NOISE
 from helpers import ROOT, TINY
 from transformers import Qwen2ForCausalLM
 
 import qwenref
-from qwenref.model.checkpoint import Checkpoint
-from qwenref.model.weights import read_embedding
-from qwenref.stages import ATTENTION, BY_NAME
+from qwenref.capture import capture
+from qwenref.dumps.naming import Place, names_from
+from qwenref.stages import ALL, ATTENTION, BY_NAME, LAST_LOGITS, LAYER
 
 PAGE = (ROOT / "docs" / "dump-from-your-engine.md").read_text()
 MAPS = {path.stem: path for path in (ROOT / "src" / "qwenref" / "dumps" / "names").glob("*.json")}
@@ -158,10 +158,13 @@ def test_the_numpy_writer_takes_views_in_logical_order(tmp_path: Path) -> None:
 
 def test_the_page_says_for_each_stage_where_it_is() -> None:
     stated = [(name, shape) for name, shape, _ in rows("| stage | shape | take it |")]
+    of_last_token = [*ALL[:-1], LAST_LOGITS]
     assert stated == [
-        (stage.name, f"[{', '.join(stage.axes)}]".replace("S", "T")) for stage in ATTENTION
+        (stage.name, f"[{', '.join(stage.axes)}]".replace("S", "T")) for stage in of_last_token
     ]
-    assert [row[0] for row in rows("| stage | it is not |")] == [s.name for s in ATTENTION]
+    mistaken = [row[0] for row in rows("| stage | it is not |")]
+    assert mistaken == [stage.name for stage in ALL if stage.name in mistaken]
+    assert {*mistaken} > {stage.name for stage in ATTENTION}
 
 
 def no_doubles(pairs: list[tuple[str, str]]) -> dict[str, str]:
@@ -177,7 +180,7 @@ def assert_is_map(text: str) -> None:
         name, _, part = stage.partition(".")
         assert name in BY_NAME
         assert not part or part in BY_NAME[name].blocks
-        assert pattern.count("{layer}") == (name != "embedding")
+        assert pattern.count("{layer}") == (BY_NAME[name] in LAYER)
         assert not pattern.endswith(ENDINGS)
 
 
@@ -209,31 +212,45 @@ def test_a_name_that_comes_several_times_stands_for_the_last_operation(name: str
     assert llama.get(f"{name}-{{layer}}-ROPE", last) == last
 
 
-def test_hooks_on_transformers_modules_give_what_the_map_says() -> None:
+@pytest.mark.parametrize(
+    ("name", "heading", "which"),
+    [("hf", "| file | stage |", 0), ("llama.cpp", "| stage | name |", 1)],
+)
+def test_the_pages_tables_are_what_the_maps_know(name: str, heading: str, which: int) -> None:
+    names = names_from(name)
+    stated: dict[Place, set[str]] = {}
+    for row in rows(heading):
+        for path in re.findall(r"`([\w.-]+)`", row[which]):
+            place = names.place(PurePosixPath(path.removesuffix(".npy")))
+            if place is not None and place.stage in BY_NAME:  # `k_proj` is short for a path
+                assert place.stage in row[1 - which]
+                stated.setdefault(place, set()).add(path)
+    known = {line.partition(".")[0] for line in json.loads(MAPS[name].read_text()).values()}
+    assert {place.stage for place in stated} == known
+    assert {place.layer for place in stated} == {0, None}
+
+
+def test_hooks_on_transformers_modules_give_what_the_map_says(tmp_path: Path) -> None:
     tokens = [3, 1, 4, 1, 5]
-    stages = qwenref.run(TINY, tokens, device="cpu")._asdict()
-    stages["embedding"] = np.asarray(read_embedding(Checkpoint(TINY), tokens)[0], np.float32)
-    names = json.loads(MAPS["hf"].read_text())
     model = Qwen2ForCausalLM.from_pretrained(TINY, dtype=torch.float32)
-    seen: dict[str, torch.Tensor] = {}
-    for pattern in names:
+    names = json.loads(MAPS["hf"].read_text())
+    hooked = {pattern.replace("{layer}", str(layer)) for pattern in names for layer in range(3)}
+    (tmp_path / "hf").mkdir()
+    for path in hooked:
 
-        def hook(_: object, args: tuple, output: torch.Tensor, pattern: str = pattern) -> None:
-            seen[pattern] = args[0] if pattern.endswith(".input") else output
+        def hook(_: object, args: tuple, output: torch.Tensor, path: str = path) -> None:
+            values = args[0] if path.endswith(".input") else output
+            np.save(tmp_path / "hf" / f"{path}.npy", values[0].float().numpy())
 
-        path = pattern.replace("{layer}", "0").removesuffix(".input")
-        model.get_submodule(path).register_forward_hook(hook)
+        model.get_submodule(path.removesuffix(".input")).register_forward_hook(hook)
     with torch.inference_mode():
         model(torch.tensor([tokens]), use_cache=False)
-    E, F = stages["attention"].shape[1], stages["qkv_bias"].shape[1]
-    parts = {
-        "": ...,
-        "q": np.s_[:, :E],
-        "k": np.s_[:, E : (E + F) // 2],
-        "v": np.s_[:, (E + F) // 2 :],
-    }
-    for pattern, stage in names.items():
-        name, _, part = stage.partition(".")
-        ours, theirs = stages[name][parts[part]], seen[pattern][0].numpy()
-        assert theirs.shape == ours.shape
-        assert rel_l2(ours, theirs) <= NOISE
+    capture(TINY, tmp_path / "ours", tokens=tokens, layers=None, stages=None)
+    result = qwenref.diff(tmp_path / "ours", tmp_path / "hf", names="hf", allow_missing=True)
+    wanted = {name.partition(".")[0] for name in names.values()}
+    agree = [stage for stage in result.stages if stage.status == "agree"]
+    assert {stage.stage for stage in agree} == wanted, result.reason
+    assert len(agree) == 3 * len(wanted) - 2 * 3  # embedding, final_norm and lm_head come once
+    assert max(stage.rel_l2 or 0 for stage in agree) <= NOISE
+    trial = qwenref.explain_layers(tmp_path / "hf", model=TINY, tokens=tokens, names="hf")
+    assert trial.verdict == "agree", trial.reason

@@ -8,7 +8,7 @@ import pytest
 
 from qwenref.dumps.naming import SHIPPED, Names, Place, names_from
 from qwenref.errors import QwenrefError
-from qwenref.stages import BY_NAME
+from qwenref.stages import BY_NAME, HEAD, LAYER
 
 
 def place(path: str, patterns: dict[str, str] | None = None) -> Place | None:
@@ -167,6 +167,15 @@ def test_blocks_of_both_stages_that_have_some(part: str) -> None:
         ("llama.cpp", "kqv_out-3", Place(3, "attention")),
         ("llama.cpp", "kqv_out-3-MUL_MAT", Place(3, "attn_out")),
         ("llama.cpp", "embd", Place(0, "embedding")),
+        ("llama.cpp", "ffn_inp-2", Place(2, "post_attn_residual")),
+        ("llama.cpp", "ffn_swiglu-2", Place(2, "ffn_swigl")),
+        ("llama.cpp", "ffn_swiglu-2-GLU", Place(2, "ffn_swigl")),
+        ("llama.cpp", "ffn_silu-2-UNARY", Place(2, "ffn_silu")),
+        ("llama.cpp", "ffn_gate_par-2", Place(2, "ffn_swigl")),
+        ("llama.cpp", "ffn_out-2", Place(2, "ffn_out")),
+        ("llama.cpp", "l_out-27-ADD", Place(27, "post_ffn_residual")),
+        ("llama.cpp", "result_norm", Place(None, "final_norm")),
+        ("llama.cpp", "result_output-MUL_MAT", Place(None, "lm_head")),
         ("llama.cpp", "layer-0/attn_norm", Place(0, "attn_norm")),
         ("hf", "model.embed_tokens", Place(0, "embedding")),
         ("hf", "model.layers.0.input_layernorm", Place(0, "attn_norm")),
@@ -174,6 +183,12 @@ def test_blocks_of_both_stages_that_have_some(part: str) -> None:
         ("hf", "model.layers.27.self_attn.k_proj", Place(27, "qkv_bias", "k")),
         ("hf", "model.layers.0.self_attn.o_proj", Place(0, "attn_out")),
         ("hf", "model.layers.0.self_attn.o_proj.input", Place(0, "attention")),
+        ("hf", "model.layers.3.post_attention_layernorm", Place(3, "ffn_norm")),
+        ("hf", "model.layers.3.post_attention_layernorm.input", Place(3, "post_attn_residual")),
+        ("hf", "model.layers.3.mlp.down_proj.input", Place(3, "ffn_swigl")),
+        ("hf", "model.layers.3", Place(3, "post_ffn_residual")),
+        ("hf", "model.norm", Place(None, "final_norm")),
+        ("hf", "lm_head", Place(None, "lm_head")),
         ("hf", "layer-0/attn_softmax", Place(0, "attn_softmax")),
     ],
 )
@@ -187,7 +202,27 @@ def test_every_line_of_a_shipped_map_is_of_a_stage_that_exists(file: Path) -> No
         found = shipped(file.stem, pattern.replace("{layer}", "5"))
         name, _, part = stage.partition(".")
         assert name in BY_NAME
-        assert found == Place(5 if "{layer}" in pattern else 0, name, part or None)
+        elsewhere = 0 if name == "embedding" else None
+        assert found == Place(5 if "{layer}" in pattern else elsewhere, name, part or None)
+
+
+RUN = """
+attn_norm-2-MUL Qcur-2-MUL_MAT Qcur-2-ADD Qcur-2-ROPE Vcur-2-MUL_MAT Vcur-2-ADD Kcur-2-MUL_MAT
+Kcur-2-ADD Kcur-2-ROPE kq-2-MUL_MAT kq_soft_max-2-SOFT_MAX kqv_out-2-CONT attn_out-2-MUL_MAT
+ffn_inp-2-ADD ffn_norm-2-MUL ffn_gate-2-MUL_MAT ffn_up-2-MUL_MAT ffn_swiglu-2-GLU ffn_out-2-MUL_MAT
+l_out-2-ADD result_norm-MUL result_output-MUL_MAT
+"""
+"""What the callback of the llama.cpp inside llama-cpp-python 0.3.36 saw from the last of three
+layers on, names with operations appended; attn_out-2 was called node_109."""
+
+
+def test_the_names_of_a_run_of_llama_cpp_are_every_stage_that_it_has() -> None:
+    places = [shipped("llama.cpp", path) for path in RUN.split()]
+    assert None not in places
+    found = {place.stage for place in places if place}
+    assert found == {stage.name for stage in (*LAYER, *HEAD)} - {"ffn_silu"}
+    without = [shipped("llama.cpp", path.rpartition("-")[0]) for path in RUN.split()]
+    assert {place.stage for place in without if place} == found - {"qkv_matmul"}
 
 
 def test_a_map_of_ones_own_is_a_file_of_any_name(empty: Path) -> None:
