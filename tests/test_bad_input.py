@@ -193,7 +193,7 @@ def test_a_layer_that_the_checkpoint_lacks(refused: Refused, spec: str) -> None:
 
 def test_the_embedding_of_a_layer_that_has_none(refused: Refused) -> None:
     line = refused("capture", "--layers", "1", "--stages", "embedding")
-    assert "embedding is a stage of layer 0" in line
+    assert "embedding is a stage of layer 0; name other --stages" in line
 
 
 def test_logits_of_neither_one_token_nor_all(refused: Refused) -> None:
@@ -385,9 +385,13 @@ def test_an_input_that_holds_nan(refused: Refused, tmp_path: Path, bad: float) -
     assert "in.bin holds 2 NaN" in refused("capture", "--input", path)
 
 
-def test_an_input_has_no_embedding(refused: Refused, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", ["embedding", "embedding,attn_norm", "embedding,mlp"])
+def test_an_input_is_the_embedding(refused: Refused, tmp_path: Path, stages: str) -> None:
     path = write_aprt(tmp_path / "in.bin", 0, STREAM)
-    assert "embedding" in refused("capture", "--input", path, "--stages", "embedding,attn_norm")
+    line = refused("capture", "--input", path, "--stages", stages)
+    assert "leave embedding out of --stages" in line
+    line = refused("capture", "--input", path, "--stages", "embedding", "--layers", "1")
+    assert "embedding is a stage of layer 0" in line
 
 
 def test_an_input_of_another_number_of_tokens(refused: Refused, tmp_path: Path) -> None:

@@ -158,6 +158,28 @@ def test_a_run_from_a_stream_in_the_middle_goes_on_as_the_whole_run(
     assert found == {name: of for name, of in everything.items() if "layer-0" not in name}
 
 
+@pytest.mark.parametrize("layer", ["0", "1"])
+@pytest.mark.parametrize("stages", ["residual", "residual,mlp", "all,embedding", "all"])
+def test_a_run_from_a_stream_leaves_out_the_embedding_of_a_group(
+    layer: str, stages: str, cli: Cli, ours: Path, everything: dict[str, bytes]
+) -> None:
+    stream = {"0": "layer-0/embedding.bin", "1": "layer-0/post_ffn_residual.bin"}[layer]
+    options = ("--layers", layer, "--stages", stages)
+    whole = captured(cli, *options)
+    found = captured(cli, *options, "--input", ours / stream)
+    assert found == {name: of for name, of in whole.items() if "embedding" not in name}
+    assert found.items() <= everything.items()
+    assert f"layer-{layer}/post_ffn_residual.bin" in found
+
+
+def test_a_stage_of_layer_0_alone_is_no_trouble_beside_an_input_above_it(
+    cli: Cli, ours: Path
+) -> None:
+    stream = ours / "layer-0" / "post_ffn_residual.bin"
+    options = ("--layers", "1", "--input", stream, "--stages", "embedding,attn_norm")
+    assert [*captured(cli, *options)] == ["layer-1/attn_norm.bin"]
+
+
 def test_logits_of_all_tokens(cli: Cli, ours: Path) -> None:
     captured(cli, "--stages", "lm_head", "--logits", "all")
     (stage,) = read_manifest(Path("dump")).stages

@@ -28,7 +28,7 @@ from qwenref.model.weights import check_tensors, read_embedding
 from qwenref.noise import NoiseFloors
 from qwenref.oracle import computing
 from qwenref.progress import SILENT, Progress
-from qwenref.stages import ALL, ATTENTION, EMBEDDING, HEAD, LAYER, LEAVING, Stage
+from qwenref.stages import ALL, ATTENTION, EMBEDDING, GROUPS, HEAD, LAYER, LEAVING, Stage
 
 NO_RESIDUAL = {stage.name for stage in ALL} - {EMBEDDING.name, LEAVING.name}
 """Stages that no layer is entered by."""
@@ -81,9 +81,10 @@ def capture(
         layers: Whose stages to write, in order; None for all layers.
         prompt: The text; `DEFAULT_PROMPT` if neither it nor `tokens` nor `residual` is given.
         tokens: The token ids, instead of `prompt`.
-        stages: What to write of each of them; the embedding if layer 0 is one of them. For stages
-            of the whole model all layers are run, whichever are written. None for all that these
-            layers have, with those of the whole model if the last layer is one of them.
+        stages: What to write of each of them; the embedding if layer 0 is one of them, and no
+            `residual` given. For stages of the whole model all layers are run, whichever are
+            written. None for all that these layers have, with those of the whole model if the last
+            layer is one of them.
         dtype: As in `qwenref.run`. The files hold float32.
         device: "auto", "cpu" or "gpu".
         layout: "apr" or "hf", see `qwenref.dumps.layout`.
@@ -102,10 +103,10 @@ def capture(
     layers = _existing(layers, config)
     if stages is None:
         whole = HEAD if layers[-1] == config.num_hidden_layers - 1 else ()
-        stages = (*LAYER, *whole) if residual else (EMBEDDING, *LAYER, *whole)
+        stages = (EMBEDDING, *LAYER, *whole)
     start = _start(checkpoint, layers[0], prompt, tokens, residual)
-    if start.stream is not None and EMBEDDING in stages:
-        raise QwenrefError("a run from --input has no stage embedding: name other --stages")
+    if start.stream is not None and layers[0] == 0:
+        stages = _without_embedding(stages)
     first = 0 if start.stream is None else layers[0]
     plan = Plan(first, layers, stages, config.num_hidden_layers, all_logits)
     T = start.length(config.hidden_size)
@@ -114,7 +115,7 @@ def capture(
     sizes = config.sizes | {"T": T, "S": T}
     planned = [stage for layer in layers for stage in plan.of_layer(layer)] + plan.of_model
     if not planned:
-        raise QwenrefError("nothing to write: embedding is a stage of layer 0")
+        raise QwenrefError("nothing to write: embedding is a stage of layer 0; name other --stages")
     _refuse_uncountable(planned, sizes)
     check_tensors(checkpoint, plan.tensors(checkpoint, embedding=start.stream is None))
     output = output or Path(f"{checkpoint.name}-qwenref")
@@ -296,6 +297,17 @@ def _read_residual(path: Path, layer: int, D: int, tokens: list[int] | None) -> 
     if bad:
         raise QwenrefError(f"{path} holds {bad} NaN or infinite values")
     return found
+
+
+def _without_embedding(stages: Collection[Stage]) -> list[Stage]:
+    """Return the stages of a run whose embedding is given, and therefore not written.
+
+    Raises:
+        QwenrefError: It was asked for, and not only as one of the group ``residual``.
+    """
+    if EMBEDDING in stages and not {*GROUPS["residual"]} <= {*stages}:
+        raise QwenrefError("--input is the embedding itself: leave embedding out of --stages")
+    return [stage for stage in stages if stage != EMBEDDING]
 
 
 def _refuse_uncountable(stages: Collection[Stage], sizes: Mapping[str, int]) -> None:

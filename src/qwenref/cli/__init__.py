@@ -79,4 +79,4 @@ def root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    """Compute Qwen2.5's layer-0 attention independently, and judge another engine by it."""
+    """Compute Qwen2.5 independently, stage by stage, to judge other engines by it."""
