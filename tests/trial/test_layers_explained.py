@@ -12,15 +12,22 @@ import pytest
 from engines import DATA
 from helpers import TINY
 
-from qwenref import QwenrefError, explain_layers, read_aprt, write_aprt
+from qwenref import QwenrefError, explain, explain_layers, read_aprt, write_aprt
 from qwenref.capture import capture
+from qwenref.mistakes.mistake import Mistake
 from qwenref.model.random_checkpoint import TINY as SHAPE
 from qwenref.model.random_checkpoint import Shape, write
+from qwenref.oracle import computing
+from qwenref.planting import Engine, Plant
+from qwenref.stages import ATTENTION, LAYER, LEAVING
 from qwenref.trial.explanation import LayersExplanation
 from qwenref.trial.layer_words import layers_report
 
 WIDE = Shape(256, 4, 2, 512, 2, 320, seed=26)
 """The model of the quantised dump."""
+
+TOKENS = [*b"What is 2+2?"]
+MASKED = ("attn_scores", "attn_softmax")
 
 EVERYTHING = {"force": False, "layout": "apr", "layers": "all", "stages": "all", "prompt": None}
 
@@ -169,6 +176,144 @@ def test_other_tokens_are_recovered() -> None:
     found = explain_layers(DATA / "apr-f32", model=TINY, tokens=[*ran[:3], 7, *ran[4:]])
     assert origins(found) == [(0, "embedding")]
     assert any(line.startswith(f"Your engine ran {ran}, not [") for line in found.summary)
+
+
+def engine(folder: Path, *mistakes: tuple[int | None, Mistake]) -> Path:
+    """Dump an engine that makes mistakes, in all of their stages."""
+    plants = {layer: Plant(of, None, of.stages) for layer, of in mistakes}
+    folder.mkdir()
+    with computing("float64", "cpu"):
+        Engine(TINY, TOKENS, "float32").dump(plants, folder, "apr")
+    return folder
+
+
+def mistake(**stages: Callable[..., np.ndarray]) -> Mistake:
+    """Return what makes these stages of what they should be and of what they are computed from."""
+    run = lambda s: stages[s.stage](s.right(*s.given), *s.given)  # noqa: E731
+    return Mistake("test", tuple(stages), "a test", "", "", run)
+
+
+def noisy(right: np.ndarray, *_: np.ndarray) -> np.ndarray:
+    return right + 0.1 * np.random.default_rng(1).standard_normal(right.shape)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("first", [lambda right, _: 1.05 * right, noisy])
+@pytest.mark.parametrize("second", [lambda _, x, y: 2 * x + y, noisy])
+def test_two_stages_of_a_layer(
+    tmp_path: Path, layer: int, first: Callable[..., np.ndarray], second: Callable[..., np.ndarray]
+) -> None:
+    """One of them must not acquit the other: the engine went on with both."""
+    both = mistake(attn_out=first, post_attn_residual=second)
+    dump = engine(tmp_path / "dump", (layer, both))
+    found = explain(dump, model=TINY, tokens=TOKENS, layer=layer, quick=True)
+    wrong = {of.stage: of.status for of in found.stages if of.stage in found.origins}
+    assert wrong == {"attn_out": "added", "post_attn_residual": "added"}, found.summary
+
+
+@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("wrong", [lambda _, x, y: x + 1.3 * y, noisy])
+def test_a_wrong_stream_that_was_not_dumped(
+    tmp_path: Path, layer: int, wrong: Callable[..., np.ndarray]
+) -> None:
+    dump = engine(tmp_path / "dump", (layer, mistake(post_ffn_residual=wrong)))
+    (dump / f"layer-{layer}" / "post_ffn_residual.bin").unlink()
+    found = explain_layers(dump, model=TINY, tokens=TOKENS, quick=True)
+    first = (layer + 1, "attn_norm") if layer < 2 else (None, "final_norm")
+    assert origins(found)[0] == first, layers_report(found)
+    assert f"{first[1]} (somewhere between the layer before and it)" in found.reason
+    assert found.parts[layer].verdict == "incomplete"
+
+
+def test_what_inherits_an_error_of_an_earlier_layer_is_not_said_to_come_after(
+    tmp_path: Path,
+) -> None:
+    late = mistake(attn_out=lambda right, _: 1.05 * right)
+    early = mistake(ffn_silu=lambda _, gate: gate)
+    found = explain_layers(
+        engine(tmp_path / "dump", (0, early), (1, late)), model=TINY, tokens=TOKENS, quick=True
+    )
+    assert origins(found) == [(0, "ffn_silu"), (1, "attn_out")]
+    assert found.parts[1].reason.endswith(
+        "Before it, attn_norm .. attention inherit an error of an earlier layer; "
+        "post_attn_residual .. post_ffn_residual only inherit it."
+    )
+
+
+@pytest.mark.parametrize("value", [0.0, np.nan])
+def test_nothing_but_zeros_or_nan_is_not_said_to_be_another_stage(
+    tmp_path: Path, value: float
+) -> None:
+    nothing = mistake(attn_norm=lambda right, _: np.full_like(right, value))
+    dump = engine(tmp_path / "dump", (1, nothing))
+    found = explain(dump, model=TINY, tokens=TOKENS, layer=1, quick=True)
+    assert found.origins[0] == "attn_norm"
+    (wrong,) = (of for of in found.stages if of.stage == "attn_norm")
+    assert wrong.cause is not None
+    assert wrong.cause.id == ("any-not-finite" if value else "any-zeros")
+
+
+# What is not there
+
+
+def without(tmp_path: Path, *files: str) -> Path:
+    shutil.copytree(DATA / "apr-f32", tmp_path / "dump")
+    for file in files:
+        (tmp_path / "dump" / file).unlink()
+    return tmp_path / "dump"
+
+
+def test_a_head_without_lm_head_is_no_pass(tmp_path: Path) -> None:
+    dump = without(tmp_path, "lm_head.bin")
+    found = explain_layers(dump, model=TINY, quick=True)
+    assert (found.verdict, found.exit_status) == ("incomplete", 2)
+    assert found.reason == "the head: no stage is wrong, but lm_head was not dumped"
+
+
+@pytest.mark.parametrize("count", [100, 384])
+def test_logits_of_another_vocabulary_are_no_pass(tmp_path: Path, count: int) -> None:
+    dump = without(tmp_path, "lm_head.bin")
+    write_aprt(dump / "lm_head.bin", None, np.ones(count, np.float32))
+    reason = f"lm_head cannot be used: {count} values, but 12 tokens make 3840, and 320 the last of"
+    assert reason in explain_layers(dump, model=TINY, quick=True).reason
+    (dump / "final_norm.bin").unlink()
+    assert reason in explain_layers(dump, model=TINY, quick=True).reason
+
+
+def test_a_layer_that_ends_with_attention_where_others_go_on_is_no_pass(tmp_path: Path) -> None:
+    files = [f"layer-2/{stage.name}.bin" for stage in LAYER if stage not in ATTENTION]
+    found = explain_layers(without(tmp_path, *files), model=TINY, layers=[0, 1, 2], quick=True)
+    assert found.verdict == "incomplete"
+    assert found.reason.endswith("post_attn_residual .. post_ffn_residual were not dumped")
+
+
+def test_attention_alone_needs_no_more(tmp_path: Path) -> None:
+    files = [
+        *(f"layer-1/{stage.name}.bin" for stage in LAYER if stage not in ATTENTION),
+        *(f"layer-0/{stage.name}.bin" for stage in LAYER if stage != LEAVING),
+    ]
+    dump = without(tmp_path, *files)
+    shutil.rmtree(dump / "layer-2")
+    assert explain(dump, model=TINY, layer=1, quick=True).verdict == "agree"
+
+
+@pytest.mark.parametrize(
+    "pattern", ["*/*.bin", "layer-0/post_ffn_residual.bin", "layer-2/post_ffn_residual.bin"]
+)
+def test_the_last_token_alone_is_no_fault(tmp_path: Path, pattern: str) -> None:
+    dump = without(tmp_path)
+    for path in [*dump.glob(pattern)]:
+        layer, values = read_aprt(path)
+        rows = values.reshape((6, 12, 12) if path.stem in MASKED else (12, -1))
+        path.unlink()
+        write_aprt(path, layer, rows[:, -1:] if path.stem in MASKED else rows[-1:])
+    found = explain_layers(dump, model=TINY, quick=True)
+    assert (found.verdict, found.origins) == ("incomplete", []), layers_report(found)
+
+
+def test_no_layers_are_refused() -> None:
+    with pytest.raises(QwenrefError, match="no layer was asked for"):
+        explain_layers(DATA / "apr-f32", model=TINY, layers=[])
 
 
 # What cannot be used

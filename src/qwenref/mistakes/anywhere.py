@@ -261,6 +261,7 @@ def _of_order(name: str, order: list[int]) -> str:
 def _of_stage(s: Setting, name: str) -> np.ndarray:
     needs(name in SAME_SHAPE[s.stage])
     values = s.rows(name)
+    needs(bool(values[np.isfinite(values)].any()))  # nothing but 0 and NaN is not that stage's own
     like = s.right(*s.given)
     needs(
         values.size == like.size and not (values.shape != like.shape and values.ndim == like.ndim)

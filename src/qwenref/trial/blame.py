@@ -4,11 +4,10 @@ A stage that contradicts what it was computed from is wrong, or just its file is
 computed from it is right if that file is passed over.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from qwenref.stages import ATTENTION
 from qwenref.trial.explanation import Status
 from qwenref.trial.held import Held
 from qwenref.trial.laying_out import (
@@ -75,13 +74,14 @@ class Trial:
     Attributes:
         replay: The dumps, laid out.
         tensors: What else the engine may have taken.
-        stages: Those of attention, and all up to the last one that was dumped.
+        stages: Those that are judged, in chain order.
         standings: By stage, in chain order.
     """
 
     def __init__(
         self,
         replay: Replay,
+        stages: Sequence[str],
         ways: Mapping[str, Sequence[Held]],
         tensors: Tensors,
         how: How,
@@ -90,13 +90,14 @@ class Trial:
 
         Args:
             replay: It holds nothing yet.
+            stages: Which are judged, in chain order.
             ways: How each dumped stage may be read.
             tensors: What else the engine may have taken.
             how: What is asked for.
         """
         self._ways, self.tensors = ways, tensors
         self.replay = replay
-        self.stages = _stages(replay.chain, ways)
+        self.stages = stages
         self.standings = {name: Standing(name) for name in self.stages}
         self._exact_weights, self._progress = how.exact_weights, how.progress
         self._known: dict[tuple[str, Skip], tuple[Account, dict[str, float] | None]] = {}
@@ -136,11 +137,7 @@ class Trial:
     def _lay_out_siblings(self) -> None:
         """Lay out q and k together, if both are wrong and do not make the scores."""
         shared = [*set(self.consumers("q_post_rope")) & set(self.consumers("k_post_rope"))]
-        wrong = [
-            name
-            for name in SIBLINGS
-            if name in self._ways and self.replay.can(name) and not self._right(name, NOTHING)
-        ]
+        wrong = [name for name in SIBLINGS if name in self._ways and self._wrong(name, NOTHING)]
         if len(wrong) == 2 and shared and not any(self._right(of, NOTHING) for of in shared):
             lay_out_siblings(self.replay, self._ways, shared)
             self._known.clear()
@@ -230,7 +227,7 @@ class Trial:
             found, either = self._compared(name, after, skip)
             if not either:
                 read = self.replay.reads(after, skip) - {name}
-                others = skip | {of for of in read if not self._right(of, skip)}
+                others = skip | {of for of in read if self._wrong(of, skip)}
                 if self.replay.can(after, others | {name}):
                     found, either = self._compared(name, after, others)
             if not either and len(passed) < MOST_PASSED:
@@ -244,6 +241,8 @@ class Trial:
         """Return whether a stage speaks against a dump, and whether it follows from anything."""
         from_dump = self._support(after, skip, name)
         without = self._support(after, skip | {name})
+        if without == 1 and not from_dump and not self._rounds_weights(name):
+            without = 0  # noise of other kinds looks like that too, over several products
         return (without > from_dump) - (without < from_dump), bool(without or from_dump)
 
     def _support(self, name: str, skip: Skip, of: str = "") -> int:
@@ -259,8 +258,19 @@ class Trial:
             return 2 if any(choice.dialect.estimated for choice in account.choices) else 3
         return int(bits is not None)
 
+    def _rounds_weights(self, but: str) -> bool:
+        """Return whether rounded weights show where a dump was not read."""
+        return any(
+            self._account(name, NOTHING)[1]
+            for name in [*self.replay.held]
+            if name != but and self.replay.can(name) and but not in self.replay.reads(name)
+        )
+
     def _right(self, name: str, skip: Skip) -> bool:
         return self._account(name, skip)[1] is not None
+
+    def _wrong(self, name: str, skip: Skip) -> bool:
+        return self.replay.can(name, skip) and not self._right(name, skip)
 
     def _account(
         self, name: str, skip: Skip, *, again: bool = False
@@ -285,10 +295,3 @@ class Trial:
                 bits = None if noise is None else noise.bits
             self._known[name, skip] = account, bits
         return self._known[name, skip]
-
-
-def _stages(chain: Sequence[str], dumped: Iterable[str]) -> list[str]:
-    """Return the stages that are judged: up to the last one that was dumped; attention's anyhow."""
-    attention = [stage.name for stage in ATTENTION if stage.name in chain]
-    last = max(chain.index(name) for name in (chain[0], *attention, *dumped))
-    return [*chain[: last + 1]]

@@ -13,7 +13,17 @@ from qwenref.judge.scope import fits, tokens_in
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
 from qwenref.model.tokens import DEFAULT_PROMPT, check_tokens, encode
-from qwenref.stages import EMBEDDING, HEAD, LAYER, LEAVING, RESIDUAL
+from qwenref.stages import (
+    ATTENTION,
+    BETWEEN,
+    EMBEDDING,
+    HEAD,
+    LAST_LOGITS,
+    LAYER,
+    LEAVING,
+    MLP,
+    RESIDUAL,
+)
 from qwenref.trial.held import Held
 from qwenref.trial.laying_out import readings
 from qwenref.trial.replay import Replay
@@ -21,6 +31,9 @@ from qwenref.trial.residual import row_of
 
 Place = int | None
 """A layer's number; None for what follows the last one."""
+
+PAST_ATTENTION = {stage.name for stage in (BETWEEN, *MLP)}
+"""Stages that show, in any layer, that a dump is of whole layers; `LEAVING` may just enter one."""
 
 
 class Case(NamedTuple):
@@ -65,6 +78,17 @@ class Case(NamedTuple):
         names = [stage.name for stage in (HEAD if place is None else LAYER)]
         later = names[names.index(after) + 1 :]
         return any((place, name) in self.dump.stages for name in later)
+
+    def judged(self, place: Place, chain: Sequence[str]) -> list[str]:
+        """Return the stages of a part's chain that are judged, whether they were dumped or not.
+
+        All of the head, and of layers if the dump is of whole ones; else those of attention, and up
+        to the last one of which there is a file.
+        """
+        whole = place is None or any(name in PAST_ATTENTION for _, name in self.dump.stages)
+        dumped = {name for name in chain if self.key(place, name) in self.dump.stages}
+        last = chain[-1:] if whole else [ATTENTION[-1].name]
+        return [*chain[: 1 + max(chain.index(name) for name in (*last, *dumped))]]
 
 
 def case_of(
@@ -122,13 +146,18 @@ def _config_of(used: Any, layer: int) -> Config:
 
 
 def length_of(case: Case, own: Dump) -> int:
-    """Return how many tokens a dump is of: the prompt's, if files fit that as well as any."""
+    """Return how many tokens a dump is of: the prompt's, if files fit that as well as any.
+
+    If none of a part fits anything, and other parts fit the prompt, that is told file by file.
+    """
     T = tokens_in([own], case.sizes)
     if case.tokens is not None:
         expected = fits([own], case.sizes, len(case.tokens))
         others = fits([own], case.sizes, T) if T else []
         if len(expected) >= max(1, len(others)) and (others or max(expected) > 1):
             return len(case.tokens)
+    if T is None and case.tokens and tokens_in([case.dump], case.sizes) == len(case.tokens):
+        return len(case.tokens)
     if T is None:
         raise QwenrefError(f"no file of {own.name} is of a size that {case.sizes} explain")
     return T
@@ -157,7 +186,9 @@ def misfits_of(case: Case, place: Place, replay: Replay) -> dict[str, str]:
         if key not in case.dump.stages or name in replay.held:
             continue
         side, stage = side_of(case.dump, key), row_of(name)
-        needed = int(np.prod([replay.sizes[axis] for axis in stage.axes]))
+        needed = str(int(np.prod([replay.sizes[axis] for axis in stage.axes])))
+        if name == LAST_LOGITS.name:
+            needed += f", and {replay.sizes['V']} the last of them"
         found[name] = (
             f"the dump lacks {', '.join(side.lacks)} of it"
             if side.lacks

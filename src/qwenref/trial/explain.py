@@ -18,7 +18,7 @@ from qwenref.trial.blame import How
 from qwenref.trial.case import Case, Place, case_of
 from qwenref.trial.explanation import Explanation, LayersExplanation
 from qwenref.trial.inquiry import NOTHING_KNOWN, explained, tensors_of
-from qwenref.trial.layer_words import concluded_layers, with_wrong_file
+from qwenref.trial.layer_words import concluded_layers, with_bridged_stream, with_wrong_file
 
 _Answer = TypeVar("_Answer", Explanation, LayersExplanation)
 
@@ -148,8 +148,10 @@ def _layer_by_layer(case: Case, layers: Sequence[int] | None, how: How) -> Layer
             entered = NOTHING_KNOWN
         name = "the head" if place is None else f"layer {place}"
         found = explained(case, place, _in_part(how, name), entered)
-        if found.entered_unused:
+        if found.entered == "unused":
             parts[-1] = with_wrong_file(parts[-1])
+        elif found.entered == "bridged" and before is not None:
+            parts[-1] = with_bridged_stream(parts[-1])
         parts.append(found.answer)
         if found.answer.verdict == "incomparable":
             break
@@ -164,6 +166,8 @@ def _in_part(how: How, name: str) -> How:
 def _places(case: Case, layers: Sequence[int] | None) -> list[Place]:
     """Return which parts of the model are to be explained: those of which a stage was dumped."""
     if layers is not None:
+        if not layers:
+            raise QwenrefError("no layer was asked for: name one, or leave that out for all")
         return [*layers]
     names = {stage.name for stage in (*LAYER, *HEAD)}
     dumped = {place for place, name in case.dump.stages if name in names}

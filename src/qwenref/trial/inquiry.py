@@ -1,7 +1,7 @@
 """One part of a model explained: a layer, or what follows the last one."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
@@ -35,7 +35,7 @@ from qwenref.trial.precision import all_fit
 from qwenref.trial.recovery import in_words, recovered_tokens, without_weight
 from qwenref.trial.replay import Replay
 from qwenref.trial.tensors import Tensors
-from qwenref.trial.words import summary_of, verdict_of
+from qwenref.trial.words import CARRIED, summary_of, verdict_of
 
 
 class Entered(NamedTuple):
@@ -59,13 +59,13 @@ class Found(NamedTuple):
     Attributes:
         answer: Of this part.
         leaves: What it leaves to the next one.
-        entered_unused: Whether what the engine went on with is the stream as it should be, not as
-            it was dumped.
+        entered: What the engine went on with, if that is the stream as it should be: "unused" if it
+            was dumped otherwise, "bridged" if it was not dumped.
     """
 
     answer: Explanation
     leaves: Entered
-    entered_unused: bool
+    entered: Literal["unused", "bridged"] | None
 
 
 def tensors_of(case: Case, place: Place) -> Iterator[Tensor]:
@@ -117,7 +117,7 @@ def explained(case: Case, place: Place, how: How, entered: Entered = NOTHING_KNO
     part, weights = part_of(case, place)
     if tokens is not None and len(tokens) != T:
         held = {name: of[0] for name, of in _ways(case, place, part, T).items()}
-        return Found(_of_other_length(case, answer, weights, held, T), entered, False)
+        return Found(_of_other_length(case, answer, weights, held, T), entered, None)
     if place is not None:
         case.config.refuse_window(place, T)
     stream = entered.stream
@@ -126,7 +126,8 @@ def explained(case: Case, place: Place, how: How, entered: Entered = NOTHING_KNO
     replay = Replay(part, T, stream)
     number = case.config.num_hidden_layers if place is None else place
     tensors = Tensors(case.config, weights, case.checkpoint, number, tokens or ())
-    trial = Trial(replay, _ways(case, place, part, T), tensors, how)
+    stages = case.judged(place, part.chain)
+    trial = Trial(replay, stages, _ways(case, place, part, T), tensors, how)
     found = checks(replay.held, replay.sizes)
     misfits = misfits_of(case, place, replay)
     answer = msgspec.structs.replace(
@@ -137,8 +138,7 @@ def explained(case: Case, place: Place, how: How, entered: Entered = NOTHING_KNO
         tokens_recovered=_recovered(case, weights, trial) if place == 0 else None,
     )
     answer = concluded(_with_tokens_named(answer))
-    unused = place != 0 and trial.standings[RESIDUAL].status == "dumped_wrong"
-    return Found(answer, _left_by(trial, answer, entered), unused)
+    return Found(answer, _left_by(trial, answer, entered), _entered(trial, answer))
 
 
 def part_of(case: Case, place: Place, *, whole: bool = False) -> tuple[Part, dict[str, Any]]:
@@ -165,6 +165,13 @@ def _ways(case: Case, place: Place, part: Part, T: int) -> dict[str, list[Held]]
     return ways_of(case, place, part.chain, case.config.sizes | {"T": T, "S": T})
 
 
+def _entered(trial: Trial, answer: Explanation) -> Literal["unused", "bridged"] | None:
+    if trial.standings[RESIDUAL].status == "dumped_wrong" and answer.layer != 0:
+        return "unused"
+    bridging = [of for of in answer.stages if RESIDUAL in of.bridged]
+    return "bridged" if any(of.status in CARRIED for of in bridging) else None
+
+
 def _left_by(trial: Trial, answer: Explanation, entered: Entered) -> Entered:
     """Return what is known of the stream that leaves a layer, besides its dump."""
     replay, name = trial.replay, LEAVING.name
@@ -174,7 +181,7 @@ def _left_by(trial: Trial, answer: Explanation, entered: Entered) -> Entered:
         tainted = entered.tainted or any(status in bad for status in statuses.values())
         direct = replay.can(name) and not replay.bridges(name)
         return Entered(_recomputed(replay) if direct else None, tainted)
-    if statuses[name] in WRONG and replay.can(name):
+    if statuses[name] in WRONG and replay.can(name, first=0):
         return Entered(_recomputed(replay), tainted=True)
     return Entered(None, statuses[name] in bad)
 

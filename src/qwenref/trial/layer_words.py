@@ -46,6 +46,14 @@ def with_wrong_file(answer: Explanation) -> Explanation:
     return concluded(msgspec.structs.replace(answer, stages=stages))
 
 
+def with_bridged_stream(answer: Explanation) -> Explanation:
+    """Say of a layer that the stream that leaves it was not dumped, but is right: do not ask it."""
+    last = answer.stages[-1] if answer.stages else None
+    if last is None or (last.stage, last.status) != (LEAVING.name, "unmeasured") or last.reason:
+        return answer
+    return concluded(msgspec.structs.replace(answer, stages=answer.stages[:-1]))
+
+
 def concluded_layers(
     case: Case, layers: Sequence[int] | None, parts: list[Explanation]
 ) -> LayersExplanation:
@@ -143,7 +151,9 @@ def _capital(text: str) -> str:
 def layers_report(answer: LayersExplanation) -> str:
     """Return the whole report; its last lines are the summary."""
     title = f"{answer.path}, layer by layer, against {answer.model or 'no model'}"
-    lines = [title, *of_tokens(answer), "", *_map(answer.parts), ""]
+    lines = [title, *of_tokens(answer), ""]
+    if any(part.stages for part in answer.parts):
+        lines += [*_map(answer.parts), ""]
     for part in [part for part in answer.parts if part.verdict == "fault"][:SHOWN]:
         lines += [_named([part.layer]), *table(part), ""]
     lines += last_lines(answer)

@@ -54,7 +54,7 @@ def readings(stage: Stage, side: Side, sizes: Mapping[str, int]) -> list[Held]:
 
 def lay_out(replay: Replay, name: str, ways: Sequence[Held], skip: Skip = NOTHING) -> None:
     """Let a replay hold a stage as it is meant, as far as what it is computed from can tell."""
-    known = replay.can(name, skip)
+    known = replay.can(name, skip, min(way.first for way in ways))
     errors = [_error(replay, name, way, skip) for way in ways] if known else []
     if not errors:
         replay.hold(name, ways[0])

@@ -130,7 +130,7 @@ def _run(replay: Replay, name: str, skip: Skip, honest: Honest) -> Runs:
         return _held(replay, name, honest.held_in)
     if name == RESIDUAL and replay.can(name):
         runs = _entered(replay)
-    elif replay.can(name, skip):
+    elif held is None or replay.can(name, skip, 0):
         value, draws = _unrounded(replay, name, skip, honest)
         runs = Runs(value, in_format(draws, honest.result))
     else:

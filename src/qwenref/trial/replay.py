@@ -139,34 +139,47 @@ class Replay:
             self._known[key] = made
         return self._known[key]
 
-    def can(self, name: str, skip: Skip = NOTHING) -> bool:
-        """Return whether a stage can be computed, from what is held but for `skip`."""
+    def can(self, name: str, skip: Skip = NOTHING, first: int | None = None) -> bool:
+        """Return whether a stage can be computed, from what is held but for `skip`.
+
+        Args:
+            name: Which stage.
+            skip: Whose dumps are not read.
+            first: From which token on; None for those that the stage's own dump has, or all.
+        """
         if name == RESIDUAL:
             return self._entering is not None
         if name in WEIGHTED and name not in self.part.weighted:
             return False
         return all(
-            self._suffices(before, keyed, skip) or self.can(before, skip)
-            for before, keyed in _inputs(name)
+            self._suffices(before, since, skip) or self.can(before, skip, since)
+            for before, since in self._needs(name, first)
         )
 
-    def reads(self, name: str, skip: Skip = NOTHING) -> set[str]:
-        """Return the stages whose dumps are read when a stage is computed."""
+    def reads(self, name: str, skip: Skip = NOTHING, first: int | None = None) -> set[str]:
+        """Return the stages whose dumps are read when a stage is computed; as in `can`."""
         found: set[str] = set()
-        for before, keyed in _inputs(name):
+        for before, since in self._needs(name, first):
             if self.holds(before, skip):
                 found.add(before)
-            if not self._suffices(before, keyed, skip):
-                found |= self.reads(before, skip)
+            if not self._suffices(before, since, skip):
+                found |= self.reads(before, skip, since)
         return found
 
-    def bridges(self, name: str, skip: Skip = NOTHING) -> set[str]:
-        """Return the stages that are computed on the way to a stage, not read."""
+    def bridges(self, name: str, skip: Skip = NOTHING, first: int | None = None) -> set[str]:
+        """Return the stages that are computed on the way to a stage, not read; as in `can`."""
         found: set[str] = set()
-        for before, keyed in _inputs(name):
-            if not self._suffices(before, keyed, skip):
-                found |= {before} | self.bridges(before, skip)
+        for before, since in self._needs(name, first):
+            if not self._suffices(before, since, skip):
+                found |= {before} | self.bridges(before, skip, since)
         return found
+
+    def _needs(self, name: str, first: int | None) -> Iterator[tuple[str, int]]:
+        """Yield what a stage is computed from, and from which token on."""
+        if first is None:
+            first = self.held[name].first if name in self.held else 0
+        for before, keyed in _inputs(name):
+            yield before, 0 if keyed else first
 
     def compute(
         self, name: str, span: Span, skip: Skip = NOTHING, dialect: Dialect = EXACT
@@ -252,16 +265,16 @@ class Replay:
         """Return whether a stage's dump may be read."""
         return name in self.held and name not in skip
 
-    def _suffices(self, name: str, keyed: bool, skip: Skip) -> bool:
-        """Return whether a dump has the tokens that are needed: of keys all of them."""
-        return self.holds(name, skip) and not (keyed and self.held[name].first)
+    def _suffices(self, name: str, first: int, skip: Skip) -> bool:
+        """Return whether a dump has the tokens that are needed."""
+        return self.holds(name, skip) and self.held[name].first <= first
 
     def rows(self, name: str, span: Span, skip: Skip, dialect: Dialect) -> np.ndarray:
         """Return what is held of a stage, for other tokens what it is computed from."""
         held = self.held[name] if self.holds(name, skip) else None
         if held is not None and held.first <= span.start:
             return held.rows(span.start, span.stop)
-        if held is None or self.can(name, skip):
+        if held is None or self.can(name, skip, span.start):
             values = self.compute(name, span, skip, dialect.on_the_way)
         else:  # of other tokens nothing is asked
             values = np.zeros(held.rows(held.first, held.first + 1).shape)

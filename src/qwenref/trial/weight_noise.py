@@ -70,6 +70,9 @@ ROUNDED = {
 }
 """Stages that are products with weights, and what to call these; of three, the last."""
 
+LINEAR = {"attn_out": ("post_attn_residual", "ffn_norm"), "ffn_out": ("post_ffn_residual",)}
+"""Stages after a product in which its error is as it was, but for the size of each channel."""
+
 
 class Noise(NamedTuple):
     """Whether errors look like those of rounded weights, and of how many bits, by tensor."""
@@ -87,7 +90,7 @@ def weight_noise(replay: Replay, name: str, skip: Skip, floors: Errors) -> Noise
         floors: What is normal of exact weights.
     """
     on_the_way = {name} | replay.bridges(name, skip)
-    embedded = RESIDUAL in on_the_way
+    embedded = RESIDUAL in on_the_way and replay.part.layer == 0
     products = [stage for stage in ROUNDED if stage in on_the_way]
     if not embedded and not products:
         return None
@@ -139,8 +142,9 @@ def _parts(replay: Replay, name: str, skip: Skip, products: Sequence[str]) -> It
         for head in range(N):
             yield _Part("v", slice(head * H, (head + 1) * H), p[head, first:] @ x)
     elif products:
-        alone = [*products] == [name]
-        inputs = _rows(replay, BY_NAME[name].computed_from[0], skip)[first:] if alone else None
+        product, *others = products
+        linear = not others and name in (product, *LINEAR.get(product, ()))
+        inputs = _rows(replay, BY_NAME[product].computed_from[0], skip)[first:] if linear else None
         yield _Part(ROUNDED[products[-1]], slice(None), inputs)
     else:
         yield _Part("embedding", slice(None))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from qwenref.errors import printable
+from qwenref.stages import RESIDUAL
 from qwenref.trial.explanation import (
     Cause,
     Explanation,
@@ -44,18 +45,31 @@ def verdict_of(answer: Explanation) -> tuple[Verdict, str]:
         return "fault", " ".join(_blame(answer))
     bridged = {name for of in answer.stages if of.status in CARRIED for name in of.bridged}
     open_ = [
-        of.stage
+        of
         for of in answer.stages
         if of.stage != "embedding"
         and (of.status == "blind" or (of.status == "unmeasured" and of.stage not in bridged))
     ]
     if open_:
-        how = "" if answer.model else ": give the checkpoint with --model"
-        return "incomplete", f"no stage is wrong, but {listed(open_)} could not be judged{how}"
+        return "incomplete", f"no stage is wrong, but {'; '.join(_open(answer, open_))}"
     noise = ", but for rounded weights" if answer.weight_noise else ""
     over = [of.stage for of in answer.stages if of.status == "unmeasured"]
     across = f"; {listed(over)} not dumped, and bridged" if over else ""
     return "agree", f"every stage follows from what it was computed from{noise}{across}"
+
+
+def _open(answer: Explanation, stages: Sequence[StageExplained]) -> Iterator[str]:
+    """Yield which stages could not be judged, and why."""
+    held = [of.stage for of in stages if of.layout is not None]
+    if held:
+        how = "" if answer.model else ": give the checkpoint with --model"
+        yield f"{listed(held)} could not be judged{how}"
+    files = [of for of in stages if of.layout is None]
+    yield from (f"{of.stage} cannot be used: {of.reason}" for of in files if of.reason is not None)
+    absent = [of.stage for of in files if of.reason is None]
+    if absent:
+        names = _range(absent, [of.stage for of in answer.stages])
+        yield f"{names} {'was' if len(absent) == 1 else 'were'} not dumped"
 
 
 def summary_of(answer: Explanation) -> list[str]:
@@ -130,25 +144,38 @@ def _blame(answer: Explanation) -> Iterator[str]:
             "computed from it is right: the engine did not use these values (stale file, wrong "
             "hook, captured too early or too late?)."
         )
-    first = next(of.stage for of in answer.stages if of.stage in answer.origins)
+    yield from _around(answer)
+
+
+def _around(answer: Explanation) -> Iterator[str]:
+    """Yield what is said of the stages before and after the first that is wrong."""
     names = [of.stage for of in answer.stages]
-    before = [of for of in answer.stages[: names.index(first)] if of.status != "unmeasured"]
-    inherited = [of.stage for of in answer.stages if of.status == "inherited"]
+    first = next(at for at, name in enumerate(names) if name in answer.origins)
+    before = [of for of in answer.stages[:first] if of.status != "unmeasured"]
+    earlier = [of.stage for of in before if of.status == "inherited"]
+    after = [of.stage for of in answer.stages[first:] if of.status == "inherited"]
     said = []
-    if before and all(of.status == "agree" for of in before):
+    if earlier:
+        said.append(f"Before it, {_inherit(earlier, names)} an error of an earlier layer")
+    elif before and all(of.status == "agree" for of in before):
         said.append("Everything before agrees")
-    if inherited:
-        what = f"{_range(inherited, names)} only inherit{'s' * (len(inherited) == 1)} it"
-        said.append(what if said else f"After it, {what}")
+    if after:
+        what = _inherit(after, names, "only ")
+        said.append(f"{what} it" if said else f"After it, {what} it")
     if said:
         yield f"{'; '.join(said)}."
 
 
+def _inherit(names: Sequence[str], chain: Sequence[str], only: str = "") -> str:
+    return f"{_range(names, chain)} {only}inherit{'s' * (len(names) == 1)}"
+
+
 def _span(of: StageExplained) -> str:
     """Return a stage, with what it was computed from if others lie between."""
-    if not of.bridged or not of.computed_from:
+    sources = [*(["the layer before"] if RESIDUAL in of.bridged else []), *of.computed_from]
+    if not of.bridged or not sources:
         return of.stage
-    return f"{of.stage} (somewhere between {listed(of.computed_from)} and it)"
+    return f"{of.stage} (somewhere between {listed(sources)} and it)"
 
 
 def _sizes(added: Sequence[StageExplained]) -> str:
