@@ -40,8 +40,8 @@ def assert_shown(printed: str, shown: str, rel: float) -> None:
 def test_capture_prints_what_the_readme_shows(command: str, expected: str, tmp_path: Path) -> None:
     done = run(command, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
-    # floors have two digits, and how the last one is rounded is the machine's: 1.6 or 1.7
-    assert_shown(done.stdout, expected, rel=0.1)
+    # floors have two digits, and how the last one is rounded is the machine's: 1.0 or 1.1
+    assert_shown(done.stdout, expected, rel=0.11)
 
 
 @pytest.mark.parametrize(("command", "expected"), [COMPARISON, *re.findall(TRANSCRIPT, DIFF)])

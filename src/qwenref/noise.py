@@ -217,7 +217,11 @@ class _Modules:
         """
         truth = rows.astype(np.float64)
         if left is not None:
-            return Runs(truth, {name: truth + (x - left.truth) for name, x in left.chains.items()})
+            # rounded again: next to ties, what the stream is off by would decide between neighbours
+            moved = {name: truth + (x - left.truth) for name, x in left.chains.items()}
+            return Runs(
+                truth, {name: self._drawn(x, CLASSES[name].results) for name, x in moved.items()}
+            )
         held = {name: nearest(truth, FORMATS[of.results]) for name, of in CLASSES.items()}
         draws = self.roundoff.draws
         return Runs(truth, {name: np.stack([rows] * draws) for name, rows in held.items()})
