@@ -246,6 +246,24 @@ def test_what_cannot_be_used_is_refused(
     assert said in refused(*arguments)
 
 
+@pytest.mark.parametrize("layers", ["0", "all"])
+def test_a_file_of_another_layer_is_no_fault_of_the_engine(refused: Refused, layers: str) -> None:
+    shutil.copytree("apr-f32", "dump")
+    shutil.copy("apr-f32/layer-2/ffn_up.bin", "dump/layer-1/ffn_up.bin")
+    assert (
+        "ffn_up of layer 1 of dump says in its header that it is of layer 2: correct the name or "
+        "the header"
+    ) in refused("dump", *MODEL, "--layers", layers)
+
+
+def test_layers_of_a_prompt_of_another_length(explain: Cli) -> None:
+    status, out, err = explain("apr-f32", *MODEL, "--tokens", "1,2,3", "--layers", "all")
+    assert (status, err) == (2, "")
+    *_, before, last = out.splitlines()
+    assert before == ""
+    assert last.startswith("INCOMPARABLE: layer 0: the dump has 12 tokens, and the prompt 3")
+
+
 def test_a_file_that_fits_nothing_is_named(explain: Cli) -> None:
     shutil.copytree("apr-f32", "dump", ignore=shutil.ignore_patterns("layer-1", "layer-2"))
     path = Path("dump/layer-0/attn_scores.bin")

@@ -9,6 +9,7 @@ import numpy as np
 from qwenref.dumps.reading import Dump, Key
 from qwenref.errors import QwenrefError
 from qwenref.judge.alignment import side_of
+from qwenref.judge.comparability import misplaced
 from qwenref.judge.scope import fits, tokens_in
 from qwenref.model.checkpoint import Checkpoint
 from qwenref.model.config import Config
@@ -99,6 +100,9 @@ def case_of(
     tokens: list[int] | None,
 ) -> Case:
     """Find out what a dump is to be compared with; `places` as in `Case.of`, None for all."""
+    stray = misplaced(dump, dump.name)
+    if stray:
+        raise QwenrefError(f"{stray}: correct the name or the header")
     manifest = dump.manifest
     dumped = [layer for layer, _ in dump.stages if layer is not None]
     layers = dumped if places is None else [place for place in places if place is not None]
