@@ -19,6 +19,7 @@ from helpers import ROOT, TINY, Cli, Result
 from small_dumps import make
 
 from qwenref.dumps.aprt import WHOLE_MODEL
+from qwenref.stages import parse_stages
 
 DATA = ROOT / "tests" / "data"
 GOLDEN = sorted(
@@ -643,6 +644,19 @@ def test_no_layer_in_common(diff: Cli) -> None:
     assert last(done).startswith("INCOMPARABLE: ")
 
 
+def test_the_head_alone_has_no_layer_in_common_with_layers(diff: Cli) -> None:
+    dump("x", 1, attn_norm=VALUES)
+    dump("x", 2, attn_norm=VALUES)
+    Path("y").mkdir()
+    np.save("y/lm_head.npy", VALUES)
+    line = "INCOMPARABLE: no layer is in all of them: a has layer 1, 2, b has the head"
+    assert last(diff("x", "y")) == line
+    Path("z").mkdir()
+    np.save("x/final_norm.npy", VALUES)
+    assert "a has the head, b has layer 0" in last(diff("y", dump("z", attn_norm=VALUES)))
+    assert "a has layer 1, 2 and the head, b has layer 0" in last(diff("x", "z"))
+
+
 @pytest.mark.parametrize("count", [0, 1, 4, 5])
 def test_another_number_of_paths_than_two_or_three(refused: Refused, count: int) -> None:
     assert refused(*["apr-f32"] * count)
@@ -710,13 +724,76 @@ def test_ten_differences_unless_asked_for_more_and_never_more_than_there_are(dif
 
 
 def test_some_stages_only(diff: Cli) -> None:
-    done = diff("apr-f32", "llama-theta-1e4", "--stages", "attn_norm, qkv_bias", "--json")
+    pair = ["apr-f32", "llama-theta-1e4", "--layers", "0"]
+    done = diff(*pair, "--stages", "attn_norm, qkv_bias", "--json")
     assert done.status == 0
     found = parsed(done)
     assert list(stages_in(found)) == ["attn_norm", "qkv_bias"]
     assert {stage["stage"] for stage in found["stages"]} == {"attn_norm", "qkv_bias"}
-    assert diff("apr-f32", "llama-theta-1e4", "--stages", "attn_norm,attn_out").status == 1
-    assert diff("apr-f32", "llama-theta-1e4", "--stages", "all").status == 1
+    assert diff(*pair, "--stages", "attn_norm,attn_out").status == 1
+    assert diff(*pair, "--stages", "all").status == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "missing"),
+    [
+        (["--stages", "lm_head"], "lm_head"),
+        (["--stages", "lm_head,attn_norm"], "layer 1 attn_norm, layer 2 attn_norm, lm_head"),
+        (["--stages", "residual", "--layers", "0"], "post_attn_residual, post_ffn_residual"),
+        (["--layers", "1"], "layer 1 attn_norm, layer 1 qkv_matmul, layer 1 qkv_bias"),
+        (["--layers", "0,1"], "layer 1 attn_norm, layer 1 qkv_matmul, layer 1 qkv_bias"),
+    ],
+    ids=str,
+)
+def test_what_is_asked_for_and_not_in_all_is_not_passed(
+    diff: Cli, options: list[str], missing: str
+) -> None:
+    for pair in (["apr-f32", "llama-f32"], ["llama-f32", "apr-f32"]):
+        done = diff(*pair, *options)
+        assert done.status == 2
+        assert last(done).startswith("INCOMPLETE: nothing differs, but ")
+        assert missing in last(done)
+        assert "not measured" in last(done)
+
+
+def test_a_layer_without_attention_that_is_asked_for_and_missing_is_not_passed(diff: Cli) -> None:
+    dump("x", attn_norm=VALUES)
+    dump("x", 1, ffn_up=VALUES, made_up=VALUES)
+    dump("y", attn_norm=VALUES)
+    assert diff("x", "y").status == 0
+    done = diff("x", "y", "--layers", "0,1")
+    assert done.status == 2
+    assert "layer 1 ffn_up, layer 1 made_up not measured" in last(done)
+
+
+def test_of_a_layer_that_all_have_the_verdict_depends_on_what_it_would_anyway(diff: Cli) -> None:
+    assert diff("apr-f32", "llama-f32", "--layers", "0").status == 0  # without an MLP
+    dump("x", 1, ffn_up=VALUES, made_up=VALUES)
+    dump("y", 1, ffn_up=VALUES)
+    assert diff("x", "y", "--layers", "1").status == 0
+
+
+@pytest.mark.parametrize(
+    "spec",
+    ["attention", "mlp", "residual", " mlp ", "attention,mlp", "residual, lm_head", "all,attn_out"],
+)
+def test_groups_of_stages_are_those_of_capture(diff: Cli, spec: str) -> None:
+    found = parsed(diff("apr-f32", "apr-f32", "--stages", spec, "--json"))
+    wanted = [stage.name for stage in parse_stages(spec) or ()]
+    assert [*stages_in(found)] == [name for name in wanted if name not in ("final_norm", "lm_head")]
+    assert {stage["stage"] for stage in found["stages"]} == {*wanted}
+
+
+def test_of_a_group_some_stages_will_do(diff: Cli, refused: Refused) -> None:
+    copy_with("x", lambda values: values)
+    copy_with("y", lambda values: values)
+    for name in "xy":
+        Path(name, "layer-0/attn_scores.bin").unlink()
+    options = ["--layers", "0", "--stages", "attention"]
+    assert "at float32 precision: 8 stages" in last(diff("x", "y", *options))
+    assert "attn_scores" in last(diff("apr-f32", "y", *options))
+    line = refused("llama-f32", "llama-bf16", "--stages", "attn_norm,mlp")
+    assert "ffn_norm or ffn_gate or ffn_up or ffn_silu or ffn_swigl or ffn_out" in line
 
 
 def test_stages_are_compared_in_chain_order_whatever_order_is_asked_for(diff: Cli) -> None:
@@ -905,7 +982,7 @@ def test_a_map_of_ones_own(diff: Cli) -> None:
     golden("llama-f32", "attn_norm").tofile("mine/blk0/norm.f32")
     golden("llama-f32", "attn_norm").tofile("mine/blk0/what.f32")
     Path("names").write_text('{"blk{layer}/norm": "attn_norm"}')
-    done = diff("apr-f32", "mine", "--names", "names", "--stages", "attn_norm")
+    done = diff("apr-f32", "mine", "--names", "names", "--stages", "attn_norm", "--layers", "0")
     assert done.status == 0
     Path("names").write_text('{"blk{layer}/what": "attn_norm", "blk{layer}/norm": "attn_norm"}')
     assert diff("apr-f32", "mine", "--names", "names").status == 2
@@ -949,6 +1026,21 @@ def test_shapes_from_a_checkpoint_or_by_hand(diff: Cli, options: list[object]) -
     assert shaped["attn_scores"]["layout"] == {"a": "N T S", "b": "N T S"}
     assert shaped["attn_scores"]["masked"] == {"a": "zero", "b": "zero"}
     assert diff("apr-f32", "llama-f32-native", *options).status == 0
+
+
+def test_the_model_says_how_many_layers_come_before_the_head(diff: Cli) -> None:
+    """After 28 in bfloat16, so much error would be normal; it is 28 if nothing is known."""
+    copy_with("other", lambda values: values)
+    logits = np.fromfile("other/lm_head.bin", "<f4", offset=12)
+    noise = np.random.default_rng(0).standard_normal(logits.size).astype(np.float32)
+    noise *= np.float32(0.6) * np.linalg.norm(logits) / np.linalg.norm(noise)
+    aprt("other/lm_head.bin", logits + noise, layer=WHOLE_MODEL)
+    assert last(diff("apr-f32", "other", *MODEL)).startswith("DIFFER: first at lm_head")
+    config = json.loads((TINY / "config.json").read_text()) | {"num_hidden_layers": 28}
+    Path("deep.json").write_text(json.dumps(config))
+    line = last(diff("apr-f32", "other", "--model", "deep.json"))
+    assert line.startswith("INCOMPLETE: nothing differs, but lm_head too noisy to tell")
+    assert "`qwenref explain`" in line
 
 
 def test_a_model_that_is_none(refused: Refused) -> None:
@@ -1115,6 +1207,9 @@ SAVED = "saved.json"
         ["--stages", "attn_scores,attn_softmax", "--json"],
         ["--stages", "attn_softmax,attn_out", "--dtype", "float32", "--json"],
         ["--layers", "0", "--json"],
+        ["--layers", "0,1", "--json"],
+        ["--stages", "residual,lm_head", "--json"],
+        ["--stages", "attention", "--json"],
     ],
     ids=" ".join,
 )
@@ -1196,7 +1291,7 @@ def test_stages_and_layers_that_were_not_measured(diff: Cli, refused: Refused) -
     diff("apr-f32", "llama-f32", "--stages", "attn_norm,attn_out", "--save", SAVED)
     assert "attn_scores" in refused(SAVED, "--stages", "attn_scores")
     assert "layer 7" in refused(SAVED, "--layers", "7")
-    assert diff(SAVED, "--stages", "attn_out").status == 0
+    assert diff(SAVED, "--stages", "attn_out", "--layers", "0").status == 0
 
 
 def test_what_was_saved_fits_its_schema(diff: Cli) -> None:

@@ -424,17 +424,40 @@ def test_a_link_that_leads_round_in_a_circle(dump: Path) -> None:
     assert list(read(dump).stages) == [NORM]
 
 
-def test_a_layer_that_is_a_link_to_a_folder_is_never_left_out_silently(
-    dump: Path, tmp_path: Path
+@pytest.mark.parametrize("link", ["layer-1", "layer-0/more", "root"])
+def test_a_link_to_a_folder_outside_is_neither_followed_nor_left_out_silently(
+    link: str, dump: Path, tmp_path: Path
 ) -> None:
-    put(tmp_path, "other/layer-1/attn_norm.bin", aprt(layer=1))
+    put(tmp_path, "other/attn_norm.bin", aprt(layer=1))
     put(dump, "layer-0/attn_norm.bin")
-    (dump / "layer-1").symlink_to(tmp_path / "other/layer-1")
-    found = read_or_refused(dump)
-    if isinstance(found, str):
-        assert "layer-1" in found
-    else:
-        assert set(found.stages) == {NORM, (1, "attn_norm")}
+    for target in (tmp_path / "other", "/"):
+        (dump / link).symlink_to(target)
+        line = refusal(dump)
+        assert line.startswith(f"{dump / link} is a link to a folder outside")
+        (dump / link).unlink()
+
+
+def test_a_link_to_a_folder_inside_is_that_folder(dump: Path, tmp_path: Path) -> None:
+    put(dump, "run-1/attn_norm.bin")
+    (dump / "layer-0").symlink_to("run-1")
+    (tmp_path / "link").symlink_to(dump)
+    for root in (dump, tmp_path / "link"):
+        assert NORM in read(root).stages
+
+
+def test_the_folder_that_cannot_be_read_is_named(
+    dump: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = put(dump, "layer-0/below/attn_norm.bin").parent
+    scan = os.scandir
+
+    def failing(folder: str) -> Any:
+        if Path(folder) == path:
+            raise PermissionError(13, "Permission denied", folder)
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert refusal(dump) == f"cannot read {path}: Permission denied"
 
 
 def test_a_dump_that_is_a_link_is_that_dump(dump: Path, tmp_path: Path) -> None:
@@ -444,6 +467,27 @@ def test_a_dump_that_is_a_link_is_that_dump(dump: Path, tmp_path: Path) -> None:
 
 
 # --- which stage, which layer ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        ("layer-16384/attn_norm.bin", 16384),
+        ("layer-99999999999/attn_norm.bin", 99999999999),
+        ("layer-20000/below/x.npy", 20000),
+        ("layer_20000_attn_norm.bin", 20000),
+    ],
+)
+def test_a_layer_that_no_model_has_is_not_left_out_silently(
+    name: str, number: int, dump: Path
+) -> None:
+    put(dump, "layer-0/attn_norm.bin")
+    path = put(dump, name)
+    assert refusal(dump).startswith(f"{path}: no model has a layer {number}")
+    path.unlink()
+    put(dump, "layer-16383/attn_norm.bin", aprt(layer=16383))
+    put(dump, "layers/layer-20000/attn_norm.bin")  # nothing of ours
+    assert {*read(dump).stages} == {NORM, (16383, "attn_norm")}
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from measure_generic_floor import LENGTHS, SCORES_RMS, scores_rms
 
+import qwenref
 from qwenref.dumps.manifest import Noise
 from qwenref.files import parse_json
 from qwenref.judge.floors import BLIND, GENERIC_FILE, PRECISIONS, Floors, Generic, generic_floors
@@ -75,6 +76,17 @@ def test_floors_grow_with_the_precision_the_prompt_and_the_depth(stage: Stage) -
     assert (whole(at(rms=40.0), "float32") > whole(at(), "float32")) == (
         stage.name in ("attn_softmax", "attention", "attn_out")
     )
+
+
+def test_floors_of_the_head_are_those_of_as_many_layers_as_there_are() -> None:
+    def of_logits(deepest: int) -> float:
+        values = np.random.default_rng(0).standard_normal(64)
+        dump = {f"layer-{deepest}/attn_norm": values, "lm_head": values}
+        return qwenref.diff(dump, dump).stages[-1].floor or np.inf
+
+    assert of_logits(79) == whole(generic_floors(None, "lm_head", None, 4, None, 80), "float32")
+    assert of_logits(0) == of_logits(27) < of_logits(28)  # one layer may be one of many
+    assert of_logits(0) == whole(generic_floors(None, "lm_head", None, 4, None), "float32")
 
 
 def test_an_unknown_stage_has_the_largest_floors_of_all() -> None:

@@ -1031,6 +1031,10 @@ def test_stages_and_layers_can_be_chosen(ours: Path, copy: Path) -> None:
     chosen = qwenref.diff(ours, copy, stages=["attn_out", "qkv_bias"], layers=[0])
     assert [stage.stage for stage in chosen.stages] == ["qkv_bias", "attn_out"]
     assert (chosen.verdict, "2 stages" in chosen.reason) == ("agree", True)
+    alone = qwenref.diff(ours, copy, stages=["attention"])  # in a list of names it is the stage
+    assert [stage.stage for stage in alone.stages] == ["attention"]
+    with pytest.raises(QwenrefError, match="ffn_norm or ffn_gate"):
+        qwenref.diff(ours, copy, stages=["mlp"])
     with pytest.raises(QwenrefError, match="no_such"):
         qwenref.diff(ours, copy, stages=["no_such"])
     with pytest.raises(QwenrefError, match="layer 7"):

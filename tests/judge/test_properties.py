@@ -18,6 +18,7 @@ from hypothesis.extra import numpy as npst
 
 import qwenref
 from qwenref.errors import QwenrefError
+from qwenref.judge.asked import asked_stages
 from qwenref.judge.diff import measure_sources
 from qwenref.judge.measure import Options
 from qwenref.judge.measurement import Pair
@@ -363,7 +364,8 @@ def test_a_tolerance_says_what_is_accepted(
 
 
 def measured(a: Any, b: Any, sizes: Sizes, *stages: str) -> dict[str, Pair]:
-    options = Options(sizes=sizes.letters(), strict_layout=True, stages=stages or None)
+    chosen = asked_stages(stages) if stages else None
+    options = Options(sizes=sizes.letters(), strict_layout=True, stages=chosen)
     measurement = measure_sources(a, b, names=None, options=options)
     return {stage.stage: stage.pairs[0] for stage in measurement.stages}
 

@@ -20,7 +20,12 @@ def diff(
         ),
     ],
     stages: Annotated[
-        str, typer.Option(metavar="all|A,B", help="Stages to compare; any names.")
+        str,
+        typer.Option(
+            metavar="all|attention|mlp|residual|A,B",
+            help="Stages to compare: a group as of capture, or any names and groups; in a list "
+            "attention is the stage.",
+        ),
     ] = "all",
     layers: Annotated[
         str | None,
@@ -49,7 +54,8 @@ def diff(
     model: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint directory or config.json: shapes, if no dump has a manifest."
+            help="Checkpoint directory or config.json: shapes, if no dump has a manifest, and how "
+            "many layers there are."
         ),
     ] = None,
     heads: Annotated[int | None, typer.Option(metavar="N", help="Instead of --model.")] = None,
@@ -82,14 +88,17 @@ def diff(
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # threads take longer to start than to help
     from qwenref.judge import measurement as measured
+    from qwenref.judge.asked import asked_stages, group
     from qwenref.judge.diff import measure_sources, rules_from, sizes_of
     from qwenref.judge.measure import Options
     from qwenref.judge.report import last_line, report
     from qwenref.judge.summary import judge
-    from qwenref.stages import parse_layers
+    from qwenref.stages import GROUPS, parse_layers
 
     tolerances = _tolerances(tolerance or [])
-    chosen_stages = None if stages == "all" else _names(stages)
+    chosen_stages = None
+    if (spec := stages.strip()) != "all":
+        chosen_stages = [group(spec)] if spec in GROUPS else asked_stages(_names(stages))
     chosen_layers = None if layers is None else parse_layers(layers)
     sizes = None if model is None else sizes_of(model)
     options = Options(

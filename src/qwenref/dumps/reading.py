@@ -21,7 +21,7 @@ from qwenref.dumps.naming import Names, Place
 from qwenref.dumps.place import PARTIAL
 from qwenref.errors import QwenrefError
 from qwenref.files import parse_json, read_bounded, reason, require_regular
-from qwenref.stages import OF_LAYERS
+from qwenref.stages import MAX_LAYERS, OF_LAYERS
 
 ENDINGS = (".bin", ".aprt", ".npy", ".f32", ".raw")
 """Of files that hold a stage: APRT, APRT, NumPy's, and float32 without a header."""
@@ -31,6 +31,8 @@ MOST_FILES = 100_000
 
 LONGEST_HEADER = 10_000
 """Bytes of a .npy header, as in NumPy."""
+
+_LAYER = re.compile(r"layer[-_]([0-9]+)")
 
 _NPY = re.compile(
     rb"\{\s*'descr':\s*'([<>=|]?f[248])',\s*'fortran_order':\s*(True|False),"
@@ -158,9 +160,12 @@ def _directory(root: Path, names: Names) -> Dump:
     files = sorted(_files(root))
     found: dict[Key, dict[str | None, Stored]] = {}
     for path in files:
-        place = names.place(PurePosixPath(path.relative_to(root).with_suffix("").as_posix()))
+        inside = path.relative_to(root)
+        place = names.place(PurePosixPath(inside.with_suffix("").as_posix()))
         if place is not None:
             _add(found, place, _stored(path))
+        elif (layer := _LAYER.match(inside.parts[0])) and int(layer[1]) >= MAX_LAYERS:
+            raise QwenrefError(f"{path}: no model has a layer {layer[1]}; rename it or remove it")
     if not found:
         example = f"; {files[0]} is none, see --names" if files else ""
         endings = ", ".join(ENDINGS)
@@ -231,15 +236,21 @@ def _files(root: Path) -> Iterator[Path]:
     """Yield the files below a directory that may hold stages.
 
     Raises:
-        OSError: A folder cannot be read.
-        QwenrefError: There are too many files: this is no dump.
+        QwenrefError: A folder cannot be read, or is a link to one elsewhere, or there are too many
+            files: this is no dump.
     """
 
     def refuse(error: OSError) -> None:
-        raise error
+        raise QwenrefError(f"cannot read {error.filename}: {reason(error)}") from error
 
+    home = root.resolve()
     seen, folders = 0, set()
     for folder, inner, files in os.walk(root, onerror=refuse, followlinks=True):
+        for link in filter(Path.is_symlink, (Path(folder, name) for name in inner)):
+            if not link.resolve().is_relative_to(home):
+                raise QwenrefError(
+                    f"{link} is a link to a folder outside the dump: copy that here, or remove it"
+                )
         status = Path(folder).stat()
         if (status.st_dev, status.st_ino) in folders:  # a link back
             inner.clear()

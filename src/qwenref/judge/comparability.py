@@ -38,11 +38,9 @@ def as_one_stage(dumps: Sequence[Dump]) -> tuple[Sequence[Dump], str | None]:
 def difference(dumps: Sequence[Dump], *, allow_different_weights: bool) -> str | None:
     """Return why dumps are not of the same thing, None if nothing says so."""
     for letter, dump in zip(LETTERS, dumps, strict=False):
-        for (layer, name), parts in dump.stages.items():
-            for part in parts.values():
-                if part.says_layer and part.layer != layer:
-                    says = f"in its header that it is of {_named(part.layer)}"
-                    return f"{name} of {_named(layer)} of {letter} says {says}"
+        found = misplaced(dump, letter)
+        if found:
+            return found
     layers = [{layer for layer, name in dump.stages if name in BY_NAME} for dump in dumps]
     if all(layers) and not set.intersection(*layers):
         each = [f"{name} has {_listed(of)}" for name, of in zip(LETTERS, layers, strict=False)]
@@ -53,6 +51,16 @@ def difference(dumps: Sequence[Dump], *, allow_different_weights: bool) -> str |
             problem = _other_weights(a, b)
         if problem:
             return f"{first} and {second} {problem}"
+    return None
+
+
+def misplaced(dump: Dump, called: str) -> str | None:
+    """Return which file of a dump says in its header that it is of another layer, if one does."""
+    for (layer, name), parts in dump.stages.items():
+        for part in parts.values():
+            if part.says_layer and part.layer != layer:
+                says = f"in its header that it is of {_named(part.layer)}"
+                return f"{name} of {_named(layer)} of {called} says {says}"
     return None
 
 
@@ -77,7 +85,8 @@ def _named(layer: int | None) -> str:
 
 
 def _listed(layers: Collection[int | None]) -> str:
-    return "layer " + ", ".join(map(str, sorted(la for la in layers if la is not None)))
+    numbers = ", ".join(map(str, sorted(layer for layer in layers if layer is not None)))
+    return " and ".join([f"layer {numbers}"] * bool(numbers) + ["the head"] * (None in layers))
 
 
 def _other_input(a: Manifest, b: Manifest) -> str | None:

@@ -7,6 +7,7 @@ from qwenref.dumps.naming import names_from
 from qwenref.dumps.reading import Source, read_dump
 from qwenref.errors import QwenrefError
 from qwenref.files import reason
+from qwenref.judge.asked import asked_stages
 from qwenref.judge.floors import PRECISIONS
 from qwenref.judge.measure import Options, measure
 from qwenref.judge.measurement import Measurement
@@ -36,14 +37,16 @@ def diff(
     Args:
         sources: Dump directories, single files, arrays by stage name, or what `qwenref.run`
             returns.
-        stages: Names of stages to compare; default all.
+        stages: Names of stages to compare, or of groups as of ``qwenref capture --stages``, but
+            that ``attention`` is the stage; default all.
         layers: Layers to compare; default all.
         dtype: The precision they are held to: ``float32``, ``float16`` or ``bfloat16``; ``auto``
             finds the finest that explains each stage.
         tolerance: Relative L2 that is accepted instead of the noise floor; of all stages, or by
             stage, None standing for all others.
         names: A JSON file from another engine's names to stages, or ``llama.cpp`` or ``hf``.
-        model: A checkpoint directory or its config.json, for the shapes, if no dump has a manifest.
+        model: A checkpoint directory or its config.json, for the shapes, if no dump has a manifest,
+            and for how many layers there are.
         limit: How many of the largest differences to keep.
         allow_missing: Whether stages that cannot be judged are accepted.
         allow_different_weights: Whether dumps of different weights are compared.
@@ -57,7 +60,7 @@ def diff(
         names=names,
         options=Options(
             sizes=None if model is None else sizes_of(Path(model)),
-            stages=None if stages is None else [*stages],
+            stages=None if stages is None else asked_stages(stages),
             layers=None if layers is None else [*layers],
             limit=limit,
             strict_layout=strict_layout,
@@ -131,7 +134,7 @@ def rules_from(
 
 
 def sizes_of(model: Path) -> dict[str, int]:
-    """Return N, K, H, D of a checkpoint directory, or of its config.json.
+    """Return N, K, H, D, I, V and L of a checkpoint directory, or of its config.json.
 
     Raises:
         QwenrefError: There is no such file, or it is no config of Qwen2.5.
@@ -140,4 +143,4 @@ def sizes_of(model: Path) -> dict[str, int]:
         config = read_config(model / "config.json" if model.is_dir() else model)
     except OSError as error:
         raise QwenrefError(f"cannot read {model}: {reason(error)}") from error
-    return {letter: config.sizes[letter] for letter in "NKHDIV"}
+    return {letter: config.sizes[letter] for letter in "NKHDIV"} | {"L": config.num_hidden_layers}

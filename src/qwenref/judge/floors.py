@@ -29,10 +29,10 @@ AFTER_SOFTMAX = ("attn_softmax", "attention", "attn_out")
 """Whose errors are larger if scores are."""
 
 DEPTH = 28
-"""Layers of Qwen2.5 1.5B and 7B; of other models there are half to three times as many."""
+"""Layers of Qwen2.5 1.5B and 7B; of other published ones there are up to three times as many."""
 
 LAST_STAGES = ("final_norm", "lm_head")
-"""Stages of the whole model, that apr dumps; they come after `DEPTH` layers."""
+"""Stages of the whole model, that apr dumps; they come after all layers."""
 
 Floors = dict[str, Errors]
 """By precision: a floor for each slice of a stage."""
@@ -106,6 +106,7 @@ def generic_floors(
     sizes: Mapping[str, int] | None,
     T: int | None,
     scores_rms: float | None,
+    depth: int = DEPTH,
 ) -> Floors:
     """Return floors of a stage for no prompt in particular.
 
@@ -121,6 +122,7 @@ def generic_floors(
         sizes: N and K, if known: else there are floors for the whole and elements alone.
         T: How many tokens there are at most; None for the longest prompts.
         scores_rms: Root mean square of attn_scores, if known.
+        depth: How many layers the model has.
     """
     generic = _generic()
     longest = generic.lengths[-1]
@@ -132,8 +134,9 @@ def generic_floors(
         own = known[name] if known else _largest(up_to, name)
         by = 1.0 if known and stage not in AFTER_SOFTMAX else larger
         own, out = (astuple(of) for of in (own, up_to.stages["attn_out"][name]))
-        depth = math.sqrt(2 * (DEPTH if stage in LAST_STAGES else layer or 0)) * larger
-        of = (math.hypot(by * a, depth * b) for a, b in zip(own, out, strict=True))
+        before = depth if stage in LAST_STAGES else layer or 0
+        growth = math.sqrt(2 * before) * larger
+        of = (math.hypot(by * a, growth * b) for a, b in zip(own, out, strict=True))
         floors[name] = _for_slices(SliceFloors(*of), stage, sizes, T)
     return floors
 

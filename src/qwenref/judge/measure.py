@@ -12,10 +12,12 @@ from qwenref.dumps.reading import Dump, Key, Mapped
 from qwenref.errors import QwenrefError
 from qwenref.judge.alignment import Side, Way, by_block, choose, side_of
 from qwenref.judge.arrangement import Arrangement
+from qwenref.judge.asked import Asked
 from qwenref.judge.comparability import accepted, as_one_stage, difference
 from qwenref.judge.distance import distance
 from qwenref.judge.floors import (
     AFTER_SOFTMAX,
+    DEPTH,
     Floors,
     floors_in,
     for_elements,
@@ -46,7 +48,7 @@ class Options(NamedTuple):
     """How to compare.
 
     Attributes:
-        sizes: N, K, H, D, if the user knows them.
+        sizes: N, K, H, D, if the user knows them; and of a model I, V, and L, its layers.
         stages: Which to compare; None for all.
         layers: Which layers; None for all, and the stages of the whole model.
         limit: How many of the largest differences to keep.
@@ -55,7 +57,7 @@ class Options(NamedTuple):
     """
 
     sizes: Mapping[str, int] | None = None
-    stages: Collection[str] | None = None
+    stages: Asked | None = None
     layers: Collection[int] | None = None
     limit: int = 10
     strict_layout: bool = False
@@ -129,7 +131,7 @@ class _Run:
         origin = "generic" if floors is None else "manifest"
         if floors is None:
             rms = self._rms_of_scores(key[0]) if key[1] in AFTER_SOFTMAX else None
-            floors = generic_floors(*key, self._sizes, self._most_tokens(), rms)
+            floors = generic_floors(*key, self._sizes, self._most_tokens(), rms, self._depth())
         pairs = [self._pair(key, a, b, floors) for a, b in pairs_of(len(self._dumps))]
         return StageMeasured(*key, required, floors, origin, pairs)
 
@@ -142,6 +144,11 @@ class _Run:
             for a, b in pairs_of(len(self._dumps)):
                 self._pair(key, a, b, floors)
         return self._scores_rms.get(layer)
+
+    def _depth(self) -> int:
+        """Return how many layers the model has; if nothing says so, that dumps may not have all."""
+        dumped = (layer for dump in self._dumps for layer, _ in dump.stages if layer is not None)
+        return (self._sizes or {}).get("L") or max(DEPTH, max(dumped, default=0) + 1)
 
     def _most_tokens(self) -> int:
         """Return how many tokens there are, or at most: N T T scores are at least T T."""

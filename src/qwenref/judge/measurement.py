@@ -11,6 +11,7 @@ import msgspec
 
 from qwenref.errors import QwenrefError
 from qwenref.files import parse_json, read_bounded, write_whole
+from qwenref.judge.asked import Asked, asked_for, chosen
 from qwenref.metrics import Errors, heads_in
 from qwenref.stages import BY_NAME
 
@@ -170,7 +171,7 @@ class Measurement(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         schema: Names this format.
         paths: Of the dumps.
         made_by: What their manifests say of them; None without one.
-        sizes: N, K, H, D, I, V, T, as far as known.
+        sizes: N, K, H, D, I, V, L, T, as far as known.
         single: Whether single files were compared, not directories.
         strict_layout: Whether other orders of axes, and conventions, are differences.
         incomparable: Why the dumps are of different things, else None.
@@ -204,33 +205,28 @@ def read_measurement(path: Path) -> Measurement:
 
 
 def selected(
-    measurement: Measurement, stages: Collection[str] | None, layers: Collection[int] | None
+    measurement: Measurement, stages: Asked | None, layers: Collection[int] | None
 ) -> Measurement:
     """Return a measurement cut down to some stages and layers; None for all.
-
-    Stages that are chosen are required, in layers that all dumps have.
 
     Raises:
         QwenrefError: One of them was not measured.
     """
-    for wanted, found, what in (
-        (stages, {stage.stage for stage in measurement.stages}, "stage"),
-        (layers, {stage.layer for stage in measurement.stages}, "layer"),
-    ):
-        missing = sorted(set(wanted or ()) - found)
-        if missing:
-            raise QwenrefError(f"{what} {missing[0]} was not measured")
+    of = {(stage.layer, stage.stage): stage for stage in measurement.stages}
+    try:
+        keys = chosen(of, stages, layers)
+    except LookupError as error:
+        raise QwenrefError(f"{error} was not measured") from error
     shared = {
-        stage.layer
-        for stage in measurement.stages
-        if stage.required or not any(pair.problem for pair in stage.pairs)
+        layer
+        for (layer, _), stage in of.items()
+        if all(pair.problem is None or pair.incomparable for pair in stage.pairs)
     }
     kept = [
-        stage
-        if stages is None
-        else msgspec.structs.replace(stage, required=stage.required or stage.layer in shared)
-        for stage in measurement.stages
-        if (stages is None or stage.stage in stages) and (layers is None or stage.layer in layers)
+        msgspec.structs.replace(
+            of[key], required=of[key].required or asked_for(key, stages, layers, shared)
+        )
+        for key in keys
     ]
     return msgspec.structs.replace(measurement, stages=kept)
 

@@ -7,7 +7,8 @@ from qwenref.dumps.manifest import Manifest
 from qwenref.dumps.reading import Dump, Key, Stored
 from qwenref.errors import QwenrefError
 from qwenref.judge.arrangement import LAST, PADDED, arrangements, has_shape, heads_and_width
-from qwenref.stages import ALL, ATTENTION, BY_NAME, MAX_LAYERS
+from qwenref.judge.asked import NINE, Asked, asked_for, chosen
+from qwenref.stages import ALL, BY_NAME, MAX_LAYERS
 
 PADDING = 32
 """Keys are padded to a multiple of so many, or more, by llama.cpp."""
@@ -18,12 +19,14 @@ _NAMES = [stage.name for stage in ALL]
 def sizes_in(
     manifests: Sequence[Manifest], given: Mapping[str, int] | None
 ) -> dict[str, int] | None:
-    """Return N, K, H, D, and I and V if known: those of a manifest, else the given ones."""
+    """Return N, K, H, D, and I, V and L if known: of a manifest, and given ones."""
     if not manifests:
         return None if given is None else dict(given)
-    sizes = manifests[0].config.sizes
+    sizes = dict(given or {}) | manifests[0].config.sizes
     if given is not None and given.items() - sizes.items():
-        raise QwenrefError(f"the sizes given are {dict(given)}, but a manifest says {sizes}")
+        raise QwenrefError(
+            f"the sizes given are {dict(given)}, but a manifest says {manifests[0].config.sizes}"
+        )
     return sizes
 
 
@@ -80,47 +83,38 @@ def _queries(count: int, N: int, stored: Stored) -> list[int]:
 
 
 def keys_in(
-    dumps: Sequence[Dump], stages: Collection[str] | None, layers: Collection[int] | None
+    dumps: Sequence[Dump], stages: Asked | None, layers: Collection[int] | None
 ) -> dict[Key, bool]:
     """Return the stages to compare, in chain order, and whether the verdict depends on each.
 
-    It depends on stages that were asked for, and on the nine of attention, even if a dump lacks
-    them; on the other stages of the table where all dumps have them; on no others.
+    It depends on what was asked for (`asked_for`), and on the nine of attention in layers of which
+    all dumps have some, even if a dump lacks them; on the other stages of the table where all dumps
+    have them; on no others.
 
     Args:
         dumps: In which to look.
-        stages: Names of those that are wanted; None for all.
+        stages: Those that are wanted; None for all.
         layers: Their layers; None for all, and the stages of the whole model.
 
     Raises:
         QwenrefError: A stage or layer that was asked for is in none of the dumps.
     """
-    nine = {stage.name for stage in ATTENTION}
     every = {key for dump in dumps for key in dump.stages}
-    for wanted, found, what in (
-        (stages, {name for _, name in every}, "stage"),
-        (layers, {layer for layer, _ in every}, "layer"),
-    ):
-        missing = sorted(set(wanted or ()) - found)
-        if missing:
-            raise QwenrefError(f"none of the dumps has {what} {missing[0]}; {holdings(dumps)}")
-    deciding = nine | {*(stages or ())}
-    both = set.intersection(
-        *({layer for layer, name in dump.stages if name in deciding} for dump in dumps)
-    )
-    keys = sorted(
-        (
-            (layer, name)
-            for layer, name in every
-            if (stages is None or name in stages) and (layers is None or layer in layers)
-        ),
-        key=_place_in_chain,
+    try:
+        keys = sorted(chosen(every, stages, layers), key=_place_in_chain)
+    except LookupError as error:
+        raise QwenrefError(f"none of the dumps has {error}; {holdings(dumps)}") from error
+    common = set.intersection(*({*dump.stages} for dump in dumps))
+    shared = {layer for layer, _ in common}
+    with_attention = set.intersection(
+        *({layer for layer, name in dump.stages if name in NINE} for dump in dumps)
     )
     single = any(dump.single for dump in dumps)
     return {
         key: single
-        or (key[1] in deciding and key[0] in both)
-        or (key[1] in BY_NAME and all(key in dump.stages for dump in dumps))
+        or asked_for(key, stages, layers, shared)
+        or (key[1] in NINE and key[0] in with_attention)
+        or (key[1] in BY_NAME and key in common)
         for key in keys
     }
 

@@ -225,7 +225,10 @@ def _verdict(
             f"{_names(of)} {said}"
             for said, of in (
                 ("not measured", [s for s in open_ if s.status == "unmeasured"]),
-                ("too noisy to tell", [s for s in open_ if s.status == "blind"]),
+                (
+                    "too noisy to tell: ask `qwenref explain`",
+                    [s for s in open_ if s.status == "blind"],
+                ),
             )
             if of
         )
