@@ -14,8 +14,9 @@ from jaxtyping import install_import_hook
 
 from qwenref.model.random_checkpoint import Shape, write
 
-# before the first import of qwenref. Where no shapes are annotated, types are checked without jaxtyping
-# at a tenth of the cost; but in cli names are imported for type checkers alone, which it lets pass
+# Before the first import of qwenref. Where no shapes are annotated, types are checked without
+# jaxtyping, at a tenth of the cost; but cli imports some names for type checkers alone, and only
+# jaxtyping lets that pass.
 install_import_hook(["qwenref.model", "qwenref.noise", "qwenref.cli"], "beartype.beartype")
 beartype_package("qwenref")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
