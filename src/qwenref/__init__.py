@@ -1,9 +1,10 @@
-"""An independent JAX oracle for Qwen2.5's attention.
+"""An independent JAX oracle for Qwen2.5.
 
-`run` computes the nine stages of layer 0 in memory; the command `qwenref capture` writes them as
-files. `diff` compares dumps of any engine, as the command `qwenref diff` does; in tests,
-`assert_stages_close` asserts that they agree. Importing this package imports neither jax nor numpy;
-using a name does.
+`run` computes the nine stages of layer 0's attention in memory; the command `qwenref capture`
+writes them, or every stage of every layer, as files. `diff` compares dumps of any engine, as the
+command `qwenref diff` does; in tests, `assert_stages_close` asserts that they agree. `explain` and
+`explain_layers` ask one engine alone. Importing this package imports neither jax nor numpy; using a
+name does.
 """
 
 from typing import TYPE_CHECKING

@@ -311,6 +311,14 @@ def test_the_last_token_alone_is_no_fault(tmp_path: Path, pattern: str) -> None:
     assert (found.verdict, found.origins) == ("incomplete", []), layers_report(found)
 
 
+def test_parts_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    dump = without(tmp_path, "final_norm.bin", "lm_head.bin", "layer-2/post_ffn_residual.bin")
+    with pytest.raises(QwenrefError, match="holds no stage of the head"):
+        explain(dump, model=TINY, layer=None)
+    with pytest.raises(QwenrefError, match="layer -1 does not exist"):
+        explain(dump, model=TINY, layer=-1)
+
+
 def test_no_layers_are_refused() -> None:
     with pytest.raises(QwenrefError, match="no layer was asked for"):
         explain_layers(DATA / "apr-f32", model=TINY, layers=[])

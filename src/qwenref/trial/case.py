@@ -119,7 +119,7 @@ def case_of(
         raise QwenrefError(
             f"{dump.name} has no manifest: give the checkpoint that the engine ran with --model"
         )
-    beyond = [layer for layer in layers if layer >= config.num_hidden_layers]
+    beyond = [layer for layer in layers if not 0 <= layer < config.num_hidden_layers]
     if beyond:
         raise QwenrefError(
             f"layer {beyond[0]} does not exist: the checkpoint has {config.num_hidden_layers} "

@@ -96,7 +96,8 @@ def explained(case: Case, place: Place, how: How, entered: Entered = NOTHING_KNO
     """
     own = case.of(place)
     if not own.stages:
-        raise QwenrefError(f"{case.dump.name} holds no stage of layer {place}")
+        what = "the head" if place is None else f"layer {place}"
+        raise QwenrefError(f"{case.dump.name} holds no stage of {what}")
     T, tokens = length_of(case, own), case.tokens
     answer = Explanation(
         schema="qwenref-explain-v1",
