@@ -144,6 +144,7 @@ def _parts(replay: Replay, name: str, skip: Skip, products: Sequence[str]) -> It
     elif products:
         product, *others = products
         linear = not others and name in (product, *LINEAR.get(product, ()))
+        linear &= RESIDUAL not in replay.bridges(name, skip)  # a rounded embedding has other errors
         inputs = _rows(replay, BY_NAME[product].computed_from[0], skip)[first:] if linear else None
         yield _Part(ROUNDED[products[-1]], slice(None), inputs)
     else:
