@@ -154,6 +154,8 @@ def _factors(s: Setting, dumped: np.ndarray | None) -> Iterator[_Factors]:
         number = np.prod(squares.shape)
         if number * ENOUGH > np.count_nonzero(seen) or (number == 1) != (axes == (0, 1, 2)):
             continue
+        if axes == (0,) and _different(a) < ENOUGH:
+            continue
         factors = np.divide(
             np.sum(a * b, axis=axes, keepdims=True),
             squares,
@@ -179,6 +181,11 @@ def _factors(s: Setting, dumped: np.ndarray | None) -> Iterator[_Factors]:
         yield _Factors(factors, f"{name} by a factor of its own")
 
 
+def _different(split: np.ndarray) -> int:
+    """Return how many tokens differ: whatever is wrong with one is wrong with its equals."""
+    return len(np.unique(split.reshape(len(split), -1).astype(np.float32), axis=0))
+
+
 def _of_all(factor: float) -> str:
     return "all values negated" if factor == -1 else f"all values times {factor:.4g}"
 
@@ -196,7 +203,7 @@ def _offsets(s: Setting, dumped: np.ndarray | None) -> Iterator[_Factors]:
     mean = float((dumped - right)[seen].mean())
     yield _Factors(np.full((1, 1, 1), mean), f"all values plus {mean:.3g}")
     off = cells(s, np.where(seen, dumped - right, 0.0))
-    if len(off) >= ENOUGH:
+    if _different(cells(s, right)) >= ENOUGH:
         yield _Factors(off.mean(axis=0, keepdims=True), "the same offset in every token")
 
 
