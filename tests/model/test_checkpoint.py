@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import tracemalloc
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -555,3 +556,25 @@ def test_any_damage_to_a_header_gives_weights_or_a_refusal(
         assert "single" in message
     else:
         assert norm.shape == (84,)
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_is_refused(single: Path) -> None:
+    checkpoint = Checkpoint(single)
+    last = max(checkpoint._files, key=checkpoint._begin)
+    assert len([*checkpoint.rows(last, 0, 1)]) == 1
+    path = single / "model.safetensors"
+    os.truncate(path, path.stat().st_size - 6)
+    count = checkpoint._header(last)[0][0]
+    with pytest.raises(QwenrefError, match=r"model\.safetensors is truncated: it ends 6 bytes"):
+        deque(checkpoint.rows(last, 0, count), maxlen=0)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_refused(single: Path) -> None:
+    checkpoint = Checkpoint(single)
+    assert checkpoint.dtype(EMBEDDING)
+    save_file({"other": np.zeros(3, np.float32)}, single / "model.safetensors")
+    with pytest.raises(QwenrefError, match=r"was changed while it was read: .* is gone"):
+        next(checkpoint.rows(EMBEDDING, 0, 1))
+    (single / "model.safetensors").unlink()
+    with pytest.raises(QwenrefError, match=r"cannot read .*model\.safetensors: No such"):
+        next(checkpoint.rows(EMBEDDING, 0, 1))

@@ -4,7 +4,9 @@ The safetensors library parses and validates the files; names, shapes and dtypes
 with what the configuration says, so that nothing is allocated because a file claims it.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 import ml_dtypes
@@ -32,7 +34,10 @@ LFS_POINTER = b"version https://git-lfs"
 """What a file begins with that was cloned without its content."""
 
 CHUNK = 1 << 22
-"""Bytes mapped at a time: pages of the file count as memory only while one chunk is read."""
+"""Bytes read at a time."""
+
+HEADER_LIMIT = 100_000_000
+"""Bytes of a file's header: the library refuses more."""
 
 OPENED = 64
 """Single rows read of one mapping: each may bring 64 KiB of the file into memory."""
@@ -60,6 +65,7 @@ class Checkpoint:
             QwenrefError: Something is missing, malformed, or leads out of the directory.
         """
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
+        self._begins: dict[Path, dict[str, int]] = {}
         try:
             self._open(path)
         except OSError as error:  # a name too long, a folder that may not be entered
@@ -116,20 +122,27 @@ class Checkpoint:
     def rows(self, name: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(row, values)` for consecutive pieces of rows `start` to `stop`, stored dtype.
 
-        Each piece is at most `CHUNK` bytes (one row, if that is larger). The file is opened anew
-        for each: dropping the mapping is what keeps its pages out of this process's memory.
+        Each piece is at most `CHUNK` bytes (one row, if that is larger). They are read, not mapped:
+        the library would hold the interpreter's lock while pages come from the disk.
         """
-        shape, _ = self._header(name)
-        row_bytes = self.dtype(name).itemsize * int(np.prod(shape[1:]))
+        (_, *inner), dtype = self._header(name)[0], self.dtype(name)
+        path, row_bytes = self._files[name], dtype.itemsize * math.prod(inner)
         step = max(1, CHUNK // row_bytes)
-        for row in range(start, stop, step):
-            with _opened(self._files[name]) as file:
-                yield row, file.get_slice(name)[row : min(row + step, stop)]
+        try:
+            with path.open("rb", buffering=0) as file:
+                file.seek(self._begin(name) + start * row_bytes)
+                for row in range(start, stop, step):
+                    piece = np.empty((min(step, stop - row), *inner), dtype)
+                    _fill(piece, file, path)
+                    yield row, piece
+        except OSError as error:
+            raise QwenrefError(f"cannot read {path}: {reason(error)}") from error
 
     def rows_at(self, name: str, rows: Sequence[int]) -> Iterator[np.ndarray]:
         """Yield the values of single rows, in the order given, stored dtype.
 
-        The file is opened anew for every `OPENED` rows, for the sake of memory as in `rows`.
+        The file is opened anew for every `OPENED` rows: dropping the mapping is what keeps its
+        pages out of this process's memory.
         """
         for start in range(0, len(rows), OPENED):
             with _opened(self._files[name]) as file:
@@ -137,12 +150,48 @@ class Checkpoint:
                 for row in rows[start : start + OPENED]:
                     yield table[row : row + 1][0]
 
+    def _begin(self, name: str) -> int:
+        """Return where a tensor's values begin in its file."""
+        path = self._files[name]
+        if path not in self._begins:
+            self._begins[path] = _begins(path)
+        if name not in self._begins[path]:
+            raise QwenrefError(f"{path} was changed while it was read: {name} is gone")
+        return self._begins[path][name]
+
     def _header(self, name: str) -> tuple[tuple[int, ...], str]:
         if name not in self._headers:
             with _opened(self._files[name]) as file:
                 header = file.get_slice(name)
                 self._headers[name] = tuple(header.get_shape()), header.get_dtype()
         return self._headers[name]
+
+
+def _fill(array: np.ndarray, file: FileIO, path: Path) -> None:
+    """Read as many bytes as an array has.
+
+    Raises:
+        QwenrefError: The file ends before that.
+    """
+    left = array.reshape(-1).view(np.uint8).data
+    while left:
+        count = file.readinto(left)
+        if not count:
+            raise QwenrefError(f"{path} is truncated: it ends {len(left)} bytes too early")
+        left = left[count:]
+
+
+class _Entry(msgspec.Struct):
+    data_offsets: tuple[int, int] = (0, 0)
+
+
+def _begins(path: Path) -> dict[str, int]:
+    """Return where each tensor begins in a file that the library has checked."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = file.read(min(size, HEADER_LIMIT))
+    entries = parse_json(path, header, dict[str, _Entry])
+    return {name: 8 + size + entry.data_offsets[0] for name, entry in entries.items()}
 
 
 def _name(directory: Path) -> str:
