@@ -262,7 +262,7 @@ class Trial:
         """Return whether rounded weights show where a dump was not read."""
         return any(
             self._account(name, NOTHING)[1]
-            for name in [*self.replay.held]
+            for name in self.replay.held
             if name != but and self.replay.can(name) and but not in self.replay.reads(name)
         )
 

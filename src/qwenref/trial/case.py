@@ -37,6 +37,11 @@ PAST_ATTENTION = {stage.name for stage in (BETWEEN, *MLP)}
 """Stages that show, in any layer, that a dump is of whole layers; `LEAVING` may just enter one."""
 
 
+def called(place: Place) -> str:
+    """Return what a part is called in a sentence."""
+    return "the head" if place is None else f"layer {place}"
+
+
 class Case(NamedTuple):
     """A dump, and what it is to be compared with.
 

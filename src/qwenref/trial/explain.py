@@ -15,7 +15,7 @@ from qwenref.model.weights import check_tensors
 from qwenref.oracle import computing, whole_numbers
 from qwenref.stages import HEAD, LAYER, RESIDUAL
 from qwenref.trial.blame import How
-from qwenref.trial.case import Case, Place, case_of
+from qwenref.trial.case import Case, Place, called, case_of
 from qwenref.trial.explanation import Explanation, LayersExplanation
 from qwenref.trial.inquiry import NOTHING_KNOWN, explained, tensors_of
 from qwenref.trial.layer_words import concluded_layers, with_bridged_stream, with_wrong_file
@@ -146,11 +146,10 @@ def _layer_by_layer(case: Case, layers: Sequence[int] | None, how: How) -> Layer
     for place in places:
         if case.key(place, RESIDUAL)[0] != before:
             entered = NOTHING_KNOWN
-        name = "the head" if place is None else f"layer {place}"
-        found = explained(case, place, _in_part(how, name), entered)
+        found = explained(case, place, _in_part(how, called(place)), entered)
         if found.entered == "unused":
             parts[-1] = with_wrong_file(parts[-1])
-        elif found.entered == "bridged" and before is not None:
+        elif found.entered == "bridged":
             parts[-1] = with_bridged_stream(parts[-1])
         parts.append(found.answer)
         if found.answer.verdict == "incomparable":

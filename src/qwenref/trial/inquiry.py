@@ -24,7 +24,7 @@ from qwenref.model.weights import (
 )
 from qwenref.stages import BETWEEN, LEAVING, RESIDUAL
 from qwenref.trial.blame import How, Trial
-from qwenref.trial.case import Case, Place, length_of, misfits_of, ways_of
+from qwenref.trial.case import Case, Place, called, length_of, misfits_of, ways_of
 from qwenref.trial.checks import checks
 from qwenref.trial.dialects import NARROW
 from qwenref.trial.explanation import Cause, Explanation
@@ -96,8 +96,7 @@ def explained(case: Case, place: Place, how: How, entered: Entered = NOTHING_KNO
     """
     own = case.of(place)
     if not own.stages:
-        what = "the head" if place is None else f"layer {place}"
-        raise QwenrefError(f"{case.dump.name} holds no stage of {what}")
+        raise QwenrefError(f"{case.dump.name} holds no stage of {called(place)}")
     T, tokens = length_of(case, own), case.tokens
     answer = Explanation(
         schema="qwenref-explain-v1",

@@ -47,7 +47,7 @@ def with_wrong_file(answer: Explanation) -> Explanation:
 
 
 def with_bridged_stream(answer: Explanation) -> Explanation:
-    """Say of a layer that the stream that leaves it was not dumped, but is right: do not ask it."""
+    """Leave out that the stream that leaves a layer was not dumped: what follows is right."""
     last = answer.stages[-1] if answer.stages else None
     if last is None or (last.stage, last.status) != (LEAVING.name, "unmeasured") or last.reason:
         return answer

@@ -311,7 +311,7 @@ class _Filter:
         piece = _Piece(span, tokens, np.where(seen, plain, 0.0), weight, basis, rows, (none, none))
         others = (self._changed(piece, of) for of in self._honest())
         known = [(dumped - right) * weight, right * weight, np.sign(right)]
-        known += [self._undivided(piece)] if name == "attention" else []
+        known += [self._divided_again(piece)] if name == "attention" else []
         known = np.stack([*known, *(of for of in others if of.any())])
         return piece._replace(known=_split(known, basis, self.width))
 
@@ -324,7 +324,7 @@ class _Filter:
         change = (self._grouped(values)[piece.tokens] - piece.plain) * piece.weight
         return np.where(np.isfinite(change), change, 0.0)
 
-    def _undivided(self, piece: _Piece) -> np.ndarray:
+    def _divided_again(self, piece: _Piece) -> np.ndarray:
         """Return what it changes, in steps, that probabilities were rounded for the dump alone.
 
         Then the engine's own add up to 1, and those that were dumped do not.
