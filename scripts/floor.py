@@ -25,7 +25,7 @@ def main() -> None:
     for field, (name, shape) in attention_tensors(checkpoint.config, 0).items():
         pieces = [piece for _, piece in checkpoint.rows(name, 0, shape[0])]
         weights[field] = np.concatenate(pieces)
-    rows = np.stack([*checkpoint.rows_at(EMBEDDING, [n % 300 for n in range(T)])])
+    rows = checkpoint.rows_at(EMBEDDING, [n % 300 for n in range(T)])
     jax.block_until_ready(jax.jit(lambda x: x @ x.T)(np.ones((8, 8), np.float32)))
     if len(sys.argv) > 3:
         _multiply_and_write(checkpoint, weights, rows, Path(sys.argv[3]))

@@ -64,7 +64,7 @@ class Model:
         normed = engine.attn_norm(stream)
         yield (None, "final_norm"), normed
         name, (V, _) = head_matrix(self.config)
-        matrix = np.stack([*self.checkpoint.rows_at(name, range(V))])
+        matrix = self.checkpoint.rows_at(name, range(V))
         yield (None, "lm_head"), self._result(self._product(engine, normed[-1:], matrix))[0]
 
     def _engine(self, layer: int) -> Engine:

@@ -1124,7 +1124,7 @@ def edit_manifest(name: str, **changes: object) -> None:
 
 
 def weights(digit: str) -> dict[str, object]:
-    return {"layers": {"0": f"blake3:{digit * 64}"}, "embedding": None, "biases": False}
+    return {"layers": {"0": f"blake3-halves:{digit * 64}"}, "embedding": None, "biases": False}
 
 
 def test_other_weights_are_incomparable_unless_allowed_out_loud(diff: Cli) -> None:

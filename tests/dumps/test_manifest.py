@@ -31,6 +31,7 @@ from qwenref.errors import QwenrefError
 from qwenref.metrics import Errors
 
 PRINT = "blake3:" + "0123456789abcdef" * 4
+OF_WEIGHTS = PRINT.replace(":", "-halves:")
 
 FLOORS = {
     "whole": 1.2e-7,
@@ -62,8 +63,8 @@ VALID: dict[str, Any] = {
         "rope_theta": 1000000.0,
     },
     "weights": {
-        "layers": {"0": PRINT},
-        "embedding": PRINT,
+        "layers": {"0": OF_WEIGHTS},
+        "embedding": OF_WEIGHTS,
         "biases": True,
         "feed_forwards": {},
         "final_norm": None,
@@ -111,7 +112,7 @@ TEXT = r"""{
   "tokens": [3,0,4294967295],
   "input": null,
   "config": {"hidden_size":84,"num_attention_heads":6,"num_key_value_heads":2,"head_dim":14,"intermediate_size":152,"vocab_size":320,"rms_norm_eps":1e-6,"rope_theta":1000000.0},
-  "weights": {"layers":{"0":"blake3:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"},"embedding":"blake3:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef","biases":true,"feed_forwards":{},"final_norm":null,"lm_head":null},
+  "weights": {"layers":{"0":"blake3-halves:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"},"embedding":"blake3-halves:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef","biases":true,"feed_forwards":{},"final_norm":null,"lm_head":null},
   "stages": [
     {"stage":"q_post_rope","layer":0,"file":"layer-0/q_post_rope.bin","shape":[6,3,14],"axes":"N T H","fingerprint":"blake3:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"},
     {"stage":"final_norm","layer":null,"file":"final_norm.bin","shape":[3,84],"axes":"T D","fingerprint":"blake3:0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef"}
@@ -195,7 +196,7 @@ def test_reading_gives_every_field(tmp_path: Path) -> None:
         tokens=[3, 0, 4294967295],
         input=None,
         config=UsedConfig(84, 6, 2, 14, 152, 320, 1e-6, 1e6),
-        weights=Weights({"0": PRINT}, PRINT, True),
+        weights=Weights({"0": OF_WEIGHTS}, OF_WEIGHTS, True),
         stages=stages,
         noise=Noise(
             [0, 2],
@@ -268,13 +269,14 @@ MALFORMED = [
     ("config.sliding_window", 5, "sliding_window"),
     ("weights.biases", 1, "weights.biases"),
     ("weights.layers", {"0": "md5:1"}, "weights.layers"),
-    ("weights.embedding", "blake3:" + "0" * 63, "weights.embedding"),
-    ("weights.embedding", "blake3:" + "0" * 65, "weights.embedding"),
-    ("weights.embedding", "blake3:" + "A" * 64, "weights.embedding"),
+    ("weights.embedding", "blake3-halves:" + "0" * 63, "weights.embedding"),
+    ("weights.embedding", "blake3-halves:" + "0" * 65, "weights.embedding"),
+    ("weights.embedding", "blake3-halves:" + "A" * 64, "weights.embedding"),
     ("weights.embedding", "sha256:" + "0" * 64, "weights.embedding"),
     ("weights.embedding", "0" * 64, "weights.embedding"),
-    ("weights.embedding", PRINT + "\n", "weights.embedding"),
-    ("weights.embedding", "\n" + PRINT, "weights.embedding"),
+    ("weights.embedding", PRINT, "weights.embedding"),  # of earlier versions
+    ("weights.embedding", OF_WEIGHTS + "\n", "weights.embedding"),
+    ("weights.embedding", "\n" + OF_WEIGHTS, "weights.embedding"),
     ("stages", {}, "stages"),
     ("stages.0", None, "stages[0]"),
     ("stages.1", "final_norm", "stages[1]"),

@@ -9,7 +9,7 @@ import os
 import shutil
 import tracemalloc
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -447,6 +447,34 @@ def test_rows_are_exactly_those_asked_for_in_pieces_of_bounded_size(
         assert same_bits(piece, expected[row : row + len(piece)])
         following = row + len(piece)
     assert following == max(start, stop)
+
+
+@settings(max_examples=50)
+@given(chunk=st.integers(1, 4000), start=st.integers(0, 320), data=st.data())
+def test_an_array_is_filled_with_rows_piece_by_piece(
+    originals: Path, chunk: int, start: int, data: st.DataObject
+) -> None:
+    expected = load_file(originals / "single" / SINGLE)[EMBEDDING]
+    count = data.draw(st.integers(0, 320 - start))
+    into = np.full((count, 84), np.nan, expected.dtype)
+    following = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK", chunk)
+        for row, piece in Checkpoint(originals / "sharded").read(EMBEDDING, into, start):
+            assert row == following
+            assert np.shares_memory(piece, into)
+            assert piece.nbytes <= max(chunk, expected[0].nbytes)
+            following = row + len(piece)
+            assert same_bits(into[:following], expected[start : start + following])
+            assert np.isnan(into[following:].astype(np.float32)).all()
+    assert following == count
+
+
+@pytest.mark.parametrize("rows", [[], [0], [319, 0, 5, 5], range(320)])
+def test_single_rows_are_in_the_order_given(originals: Path, rows: Sequence[int]) -> None:
+    expected = load_file(originals / "single" / SINGLE)[EMBEDDING]
+    found = Checkpoint(originals / "sharded").rows_at(EMBEDDING, rows)
+    assert same_bits(found, expected[list(rows)])
 
 
 def test_a_tensor_of_many_megabytes_arrives_in_pieces(single: Path) -> None:

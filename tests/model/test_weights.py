@@ -8,6 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from blake3 import blake3
 from safetensors.numpy import load_file, save_file
 
 from qwenref.errors import QwenrefError
@@ -341,7 +342,38 @@ def test_copies_of_the_same_numbers_have_one_fingerprint(tmp_path: Path, origina
     found = {prints(stored(tmp_path, tensors)) for tensors in copies}
     assert len(found) == 1
     for fingerprint in found.pop():
-        assert re.fullmatch("blake3:[0-9a-f]{64}", fingerprint)
+        assert re.fullmatch("blake3-halves:[0-9a-f]{64}", fingerprint)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_so_have_copies_that_do_not_fit_16_bits(
+    tmp_path: Path, original: Tensors, dtype: type
+) -> None:
+    name = NAMES["k_proj"]
+    values = original[name].astype(np.float16)
+    values.reshape(-1)[-1] = np.float16(1 + 2**-10)  # of bfloat16 the steps are 2**-7
+    expected = prints(stored(tmp_path, original | {name: values.astype(np.float32)}))
+    assert prints(stored(tmp_path, original | {name: values.astype(dtype)})) == expected
+    values.reshape(-1)[-1] = 1
+    assert prints(stored(tmp_path, original | {name: values.astype(dtype)})) != expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_fingerprint_is_over_names_shapes_and_both_halves_of_float32(
+    tmp_path: Path, original: Tensors, dtype: type
+) -> None:
+    fine = np.random.default_rng(1).standard_normal((84, 84)).astype(dtype)
+    tensors = original | {NAMES["q_proj"]: fine, NAMES["o_proj"]: fine}
+    hashed = blake3()
+    for field, name in NAMES.items():
+        bits = tensors[name].astype("<f4").view("<u4")
+        lower = (bits & 0xFFFF).astype("<u2")
+        assert lower.any() == (field in ("q_proj", "o_proj") and dtype != ml_dtypes.bfloat16)
+        hashed.update(f"{name}{list(tensors[name].shape)}\n".encode())
+        hashed.update((bits >> 16).astype("<u2").tobytes())
+        if lower.any():
+            hashed.update(b"lower\n" + blake3(lower.tobytes()).digest())
+    assert prints(stored(tmp_path, tensors))[0] == f"blake3-halves:{hashed.hexdigest()}"
 
 
 def test_shards_and_one_file_have_one_fingerprint(tmp_path: Path) -> None:

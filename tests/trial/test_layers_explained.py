@@ -153,7 +153,7 @@ def test_lm_head_is_named_where_all_layers_agree(tmp_path: Path) -> None:
     from qwenref.model.checkpoint import Checkpoint
     from qwenref.model.weights import HEAD
 
-    matrix = np.stack([*Checkpoint(TINY).rows_at(HEAD, range(320))]).astype(np.float64)
+    matrix = Checkpoint(TINY).rows_at(HEAD, range(320)).astype(np.float64)
     _, normed = read_aprt(DATA / "apr-f32" / "final_norm.bin")
     transposed = normed.reshape(-1, 84)[-1] @ matrix.reshape(84, 320)
     dump = changed(tmp_path, "lm_head.bin", lambda _: transposed)

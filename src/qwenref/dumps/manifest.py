@@ -21,6 +21,7 @@ LIMIT = 1 << 26
 """Bytes; a million token ids take about ten million."""
 
 _Fingerprint = Annotated[str, msgspec.Meta(pattern="^blake3:[0-9a-f]{64}$", max_length=71)]
+_OfWeights = Annotated[str, msgspec.Meta(pattern="^blake3-halves:[0-9a-f]{64}$", max_length=78)]
 _Layer = Annotated[int, msgspec.Meta(ge=0, lt=MAX_VALUES)]
 _Token = Annotated[int, msgspec.Meta(ge=0, le=MAX_VALUES)]
 _LayerName = Annotated[str, msgspec.Meta(pattern="^[0-9]{1,9}$", max_length=9)]
@@ -64,12 +65,12 @@ class Weights(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         lm_head: That of the matrix of lm_head, the embedding table if they are tied, if read.
     """
 
-    layers: dict[_LayerName, _Fingerprint]
-    embedding: _Fingerprint | None
+    layers: dict[_LayerName, _OfWeights]
+    embedding: _OfWeights | None
     biases: bool
-    feed_forwards: dict[_LayerName, _Fingerprint] = {}
-    final_norm: _Fingerprint | None = None
-    lm_head: _Fingerprint | None = None
+    feed_forwards: dict[_LayerName, _OfWeights] = {}
+    final_norm: _OfWeights | None = None
+    lm_head: _OfWeights | None = None
 
 
 class StageFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -5,7 +5,9 @@ with what the configuration says, so that nothing is allocated because a file cl
 """
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
@@ -38,9 +40,6 @@ CHUNK = 1 << 22
 
 HEADER_LIMIT = 100_000_000
 """Bytes of a file's header: the library refuses more."""
-
-OPENED = 64
-"""Single rows read of one mapping: each may bring 64 KiB of the file into memory."""
 
 
 class Checkpoint:
@@ -119,36 +118,67 @@ class Checkpoint:
         """Return the stored dtype of a tensor that `problems` found readable."""
         return DTYPES[self._header(name)[1]]
 
+    def read(self, name: str, into: np.ndarray, start: int = 0) -> Iterator[tuple[int, np.ndarray]]:
+        """Fill an array with rows of a tensor; yield each piece once it is there.
+
+        They are read, not mapped: the library would hold the interpreter's lock while pages come
+        from the disk.
+
+        Args:
+            name: Of a tensor that `problems` found readable.
+            into: Of the tensor's stored dtype, contiguous, [rows, ..].
+            start: Row of the tensor that the first one is.
+
+        Yields:
+            Consecutive pieces of `into`, each with the number of its first row, and of at most
+            `CHUNK` bytes (one row, if that is larger).
+        """
+        step = self._step(name)
+        with self._reading(name) as file:
+            file.seek(self._begin(name) + start * self._row_bytes(name))
+            for row in range(0, len(into), step):
+                piece = into[row : row + step]
+                _fill(piece, file, self._files[name])
+                yield row, piece
+
     def rows(self, name: str, start: int, stop: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield `(row, values)` for consecutive pieces of rows `start` to `stop`, stored dtype.
 
-        Each piece is at most `CHUNK` bytes (one row, if that is larger). They are read, not mapped:
-        the library would hold the interpreter's lock while pages come from the disk.
+        Each piece is at most `CHUNK` bytes (one row, if that is larger).
         """
-        (_, *inner), dtype = self._header(name)[0], self.dtype(name)
-        path, row_bytes = self._files[name], dtype.itemsize * math.prod(inner)
-        step = max(1, CHUNK // row_bytes)
+        step = self._step(name)
+        for row in range(start, stop, step):
+            piece = self._empty(name, min(step, stop - row))
+            deque(self.read(name, piece, row), maxlen=0)
+            yield row, piece
+
+    def rows_at(self, name: str, rows: Sequence[int]) -> np.ndarray:
+        """Return single rows of a tensor, [rows, ..], in the order given, stored dtype."""
+        values = self._empty(name, len(rows))
+        with self._reading(name) as file:
+            for row, value in zip(rows, values, strict=True):
+                file.seek(self._begin(name) + row * self._row_bytes(name))
+                _fill(value, file, self._files[name])
+        return values
+
+    def _empty(self, name: str, rows: int) -> np.ndarray:
+        return np.empty((rows, *self._header(name)[0][1:]), self.dtype(name))
+
+    def _row_bytes(self, name: str) -> int:
+        return self.dtype(name).itemsize * math.prod(self._header(name)[0][1:])
+
+    def _step(self, name: str) -> int:
+        """Return how many rows are read at a time."""
+        return max(1, CHUNK // self._row_bytes(name))
+
+    @contextmanager
+    def _reading(self, name: str) -> Iterator[FileIO]:
+        path = self._files[name]
         try:
             with path.open("rb", buffering=0) as file:
-                file.seek(self._begin(name) + start * row_bytes)
-                for row in range(start, stop, step):
-                    piece = np.empty((min(step, stop - row), *inner), dtype)
-                    _fill(piece, file, path)
-                    yield row, piece
+                yield file
         except OSError as error:
             raise QwenrefError(f"cannot read {path}: {reason(error)}") from error
-
-    def rows_at(self, name: str, rows: Sequence[int]) -> Iterator[np.ndarray]:
-        """Yield the values of single rows, in the order given, stored dtype.
-
-        The file is opened anew for every `OPENED` rows: dropping the mapping is what keeps its
-        pages out of this process's memory.
-        """
-        for start in range(0, len(rows), OPENED):
-            with _opened(self._files[name]) as file:
-                table = file.get_slice(name)
-                for row in rows[start : start + OPENED]:
-                    yield table[row : row + 1][0]
 
     def _begin(self, name: str) -> int:
         """Return where a tensor's values begin in its file."""

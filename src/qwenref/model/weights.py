@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 from blake3 import blake3
 
@@ -17,8 +18,16 @@ EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 BIASES = ("q_bias", "k_bias", "v_bias")
 
-BLOCK = 1 << 16
-"""Values that are widened at a time: 256 KiB, which stay in the cache until they are hashed."""
+BLOCK = 1 << 18
+"""Values that are hashed and looked at at a time: they stay in the cache in between."""
+
+SIGN, INFINITY = 0x8000, 0x7F80
+"""In the upper half of float32, and in bfloat16: the bit of the sign, and those of the exponent."""
+
+READ_AHEAD = 16
+"""Pieces that may be read before they are hashed: a disk gives them in bursts. They are parts of
+the arrays that they are read into, so that none of them takes memory of its own.
+"""
 
 
 class AttentionWeights(NamedTuple):
@@ -153,10 +162,9 @@ def _read(
         values[field] = old if fits else _aligned_empty(shape, dtype)
     fingerprint = Fingerprint()
     bad = dict.fromkeys(tensors, 0)
-    for field, row, piece in ahead(_pieces(checkpoint, tensors)):
+    for field, row, piece in ahead(_pieces(checkpoint, tensors, values), READ_AHEAD):
         if row == 0:
             fingerprint.start(*tensors[field])
-        values[field][row : row + len(piece)] = piece
         bad[field] += fingerprint.add(piece)
     _refuse(
         checkpoint,
@@ -170,11 +178,11 @@ def _read(
 
 
 def _pieces(
-    checkpoint: Checkpoint, tensors: Mapping[str, Tensor]
+    checkpoint: Checkpoint, tensors: Mapping[str, Tensor], values: Mapping[str, np.ndarray]
 ) -> Iterator[tuple[str, int, np.ndarray]]:
-    """Yield some rows of a tensor at a time, with its field and the number of the first row."""
-    for field, (name, shape) in tensors.items():
-        for row, piece in checkpoint.rows(name, 0, shape[0]):
+    """Read tensors; yield some rows at a time, with the field and the number of the first row."""
+    for field, into in values.items():
+        for row, piece in checkpoint.read(tensors[field].name, into):
             yield field, row, piece
 
 
@@ -188,14 +196,10 @@ def read_embedding(checkpoint: Checkpoint, tokens: Sequence[int]) -> tuple[np.nd
     name, shape = table = embedding_table(checkpoint.config)
     check_tensors(checkpoint, [table])
     check_tokens(tokens, shape[0])
-    rows = np.empty((len(tokens), shape[1]), checkpoint.dtype(name))
+    rows = checkpoint.rows_at(name, tokens)
     fingerprint = Fingerprint()
     fingerprint.start(name, rows.shape)
-    bad = 0
-    for position, row in enumerate(checkpoint.rows_at(name, tokens)):
-        rows[position] = row
-        bad += fingerprint.add(row)
-    if bad:
+    if bad := fingerprint.add(rows):
         _refuse(checkpoint, [f"{name} holds {bad} NaN or infinite values in the prompt's rows"])
     return rows, str(fingerprint)
 
@@ -228,16 +232,18 @@ class HeadMatrix:
     def slices(self, most: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield at most so many rows at a time, [O, D], with the number of the first of them.
 
+        Each is read over the last but one: `ahead` has that done with by then.
+
         Raises:
             QwenrefError: They hold NaN or infinities.
         """
         name, (V, D) = self._tensor
         size = math.ceil(V / math.ceil(V / most))
-        for start in range(0, V, size):
-            part = _aligned_empty((min(size, V - start), D), self._checkpoint.dtype(name))
+        buffers = [_aligned_empty((size, D), self._checkpoint.dtype(name)) for _ in range(2)]
+        for number, start in enumerate(range(0, V, size)):
+            part = buffers[number % 2][: V - start]
             bad = 0
-            for row, piece in self._checkpoint.rows(name, start, start + len(part)):
-                part[row - start : row - start + len(piece)] = piece
+            for _, piece in ahead(self._checkpoint.read(name, part, start), READ_AHEAD):
                 bad += self._fingerprint.add(piece)
             if bad:
                 _refuse(self._checkpoint, [f"{name} holds {bad} NaN or infinite values"])
@@ -251,33 +257,57 @@ class HeadMatrix:
 
 
 class Fingerprint:
-    """BLAKE3 over name, shape and values of tensors, the values widened to little-endian float32.
+    """BLAKE3 over name, shape and values of tensors, the values as halves of float32.
 
-    Widening makes it independent of how the weights are stored: bf16, f16 and f32 copies of the
-    same numbers, in one file or in shards, have one fingerprint.
+    Of each tensor the upper 16 bits of all its values come first, little-endian. If the lower ones
+    are not all 0, ``lower`` and a line feed follow, and the hash of these.
+
+    That makes it independent of how the weights are stored: bf16, f16 and f32 copies of the same
+    numbers, in one file or in shards, have one fingerprint. Of bfloat16, the dtype of the published
+    checkpoints, the upper halves are what is stored; nothing has to be widened for it.
     """
 
     def __init__(self):
-        self._hash = blake3()
+        self._hash, self._lower, self._any_lower = blake3(), blake3(), False
         self._widened = np.empty(BLOCK, "<f4")
 
     def start(self, name: str, shape: tuple[int, ...]) -> None:
         """Begin a tensor."""
+        self._hash, self._lower, self._any_lower = self._ended(), blake3(), False
         self._hash.update(f"{name}{list(shape)}\n".encode())
 
     def add(self, values: np.ndarray) -> int:
         """Add the next values of the tensor; return how many of them are NaN or infinite."""
-        flat, finite = values.reshape(-1), 0
-        for start in range(0, len(flat), BLOCK):
-            part = flat[start : start + BLOCK]
-            widened = self._widened[: len(part)]
-            np.copyto(widened, part)
-            self._hash.update(widened.view(np.uint8).data)
-            finite += int(np.count_nonzero(np.isfinite(widened)))
-        return len(flat) - finite
+        flat = values.reshape(-1)
+        blocks = (flat[start : start + BLOCK] for start in range(0, len(flat), BLOCK))
+        return sum(self._add(block) for block in blocks)
+
+    def _add(self, values: np.ndarray) -> int:
+        if values.dtype == ml_dtypes.bfloat16:
+            upper = values.view("<u2")
+        else:
+            widened = self._widened[: len(values)]
+            np.copyto(widened, values)
+            lower, upper = np.ascontiguousarray(widened.view("<u2").reshape(-1, 2).T)
+            self._lower.update(lower.view(np.uint8).data)
+            self._any_lower |= bool(lower.any())
+        self._hash.update(upper.view(np.uint8).data)
+        return _nonfinite(upper)
+
+    def _ended(self) -> blake3:
+        """Return the hash with the last tensor."""
+        ended = self._hash.copy()
+        return ended.update(b"lower\n" + self._lower.digest()) if self._any_lower else ended
 
     def __str__(self) -> str:
-        return f"blake3:{self._hash.hexdigest()}"
+        return f"blake3-halves:{self._ended().hexdigest()}"
+
+
+def _nonfinite(upper: np.ndarray) -> int:
+    """Count NaN and infinities by the upper halves of float32: all bits of the exponent are 1."""
+    if upper.view(np.int16).max() < INFINITY and upper.max() < SIGN | INFINITY:
+        return 0  # two passes without a temporary array, over what hardly ever holds any
+    return int(np.count_nonzero(upper & INFINITY == INFINITY))
 
 
 def present_attention_tensors(checkpoint: Checkpoint, layer: int) -> dict[str, Tensor]:

@@ -110,7 +110,7 @@ class HeadPart:
             self._tensor = head_matrix(config)
             check_tensors(checkpoint, [self._tensor])
             chosen = range(0, config.vocab_size, max(1, config.vocab_size // SAMPLED))
-            self._sample = np.stack([*checkpoint.rows_at(self._tensor.name, chosen)])
+            self._sample = checkpoint.rows_at(self._tensor.name, chosen)
             self.dtypes |= {np.dtype(self._sample.dtype).name}
 
     def modules(self, precision: Precision) -> list[Arithmetic]:

@@ -65,7 +65,7 @@ class Tensors:
         if self._checkpoint.problems({name: shape}):
             raise CannotBe
         tokens = np.asarray(self._tokens)[positions].tolist()
-        return np.stack([*self._checkpoint.rows_at(name, tokens)]).astype(np.float64)
+        return self._checkpoint.rows_at(name, tokens).astype(np.float64)
 
     def product(
         self, x: np.ndarray, name: str, beside: int = 0, *, as_it_lies: bool = False
