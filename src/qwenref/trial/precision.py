@@ -85,7 +85,7 @@ def _may_be_roundings(replay: Replay, name: str, skip: Skip) -> bool:
     differences = (
         weighed(replay, name, skip, minus_bias(), honest=Honest(of, operands=of))
         for of in NARROW
-        if name == "qkv_matmul" and replay.output_fits(of)
+        if _may_be_a_difference(replay, name, of)
     )
     return any(one.agrees for one in differences)
 
@@ -132,12 +132,22 @@ def ways_to_round(replay: Replay, name: str, skip: Skip, narrow: str) -> Iterato
                     name, replay.bridges(name, skip | more), narrow, stored=stored
                 )
             ]
-    unseen = rounded and "qkv_bias" not in replay.held
-    if name == "qkv_matmul" and (unseen or replay.output_fits(narrow)):
+    if _may_be_a_difference(replay, name, narrow):
         then = narrow if rounded else "exact"
         bridges = replay.bridges("qkv_bias", skip | {name})
         outputs = result_dialects("qkv_bias", bridges, narrow, stored=True)
         yield [minus_bias(output, then) for output in outputs]
+
+
+def _may_be_a_difference(replay: Replay, name: str, narrow: str) -> bool:
+    """Return whether a product may be an output in a format minus bias, as far as is held.
+
+    Of a difference that was rounded too, the output cannot be told.
+    """
+    if name != "qkv_matmul":
+        return False
+    unseen = "qkv_bias" not in replay.held and all_fit(replay, name, narrow)
+    return unseen or replay.output_fits(narrow)
 
 
 def _may_be_fused(replay: Replay, name: str, skip: Skip) -> bool:
