@@ -51,6 +51,33 @@ def are_flips(replay: Replay, name: str, skip: Skip, left: Weighed) -> bool:
     return was >= MOST and now <= FEW
 
 
+def is_of_sums(replay: Replay, skip: Skip, dialect: Dialect, left: Weighed) -> bool:
+    """Return whether rounded probabilities leave a factor of each head and token in attention.
+
+    Of the largest score s, exp(s - s) is 1 but for what float32 makes of it: 2**-24 |s| at most, as
+    2**(s c - s c) with one rounding of s c, as in FlashAttention's kernels. The sum that divides
+    has that, a probability of 1 + 2**-24 |s| that is rounded has not.
+    """
+    if not replay.can("attn_scores", skip):
+        return False
+    scores = (
+        replay.compute("attn_scores", span, skip)[:, span.first - span.start :]
+        for span in replay.spans
+    )
+    largest = np.concatenate([np.abs(of).max(axis=-1) for of in scores], axis=1).T  # [T, N]
+    held, normal = replay.held["attention"], MARGIN * (left.floors.whole or 0.0)
+    squares, rest = 0.0, 0.0
+    for first, truth, dumped in compared(replay, "attention", held, skip, dialect):
+        truth, dumped = (x.reshape(len(x), -1, replay.sizes["H"]) for x in (truth, dumped))
+        own, along = np.vecdot(truth, truth), np.vecdot(truth, dumped - truth)
+        factors = np.divide(along, own, out=np.zeros_like(own), where=own > 0)
+        if not np.all(np.abs(factors) <= 2**-24 * largest[first : first + len(own)] + normal):
+            return False
+        squares += own.sum()
+        rest += np.square(dumped - truth * (1 + factors[:, :, None])).sum()
+    return bool(np.sqrt(rest) <= normal * np.sqrt(squares))
+
+
 def few_values_off(
     replay: Replay, name: str, skip: Skip, dialect: Dialect, judged: Weighed
 ) -> bool:

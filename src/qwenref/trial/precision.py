@@ -19,7 +19,7 @@ from qwenref.trial.dialects import (
     with_operands,
     with_weights,
 )
-from qwenref.trial.evidence import are_flips, few_values_off, is_from_inputs
+from qwenref.trial.evidence import are_flips, few_values_off, is_from_inputs, is_of_sums
 from qwenref.trial.normal import Honest
 from qwenref.trial.replay import NOTHING, Replay, Skip
 from qwenref.trial.residual import Weighed, weighed
@@ -172,6 +172,8 @@ def _operands(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found
         one = weighed(replay, name, skip, dialect)
         if not one.agrees and (dialect.rounds_unseen or bridges):
             one = one._replace(but_for_flips=are_flips(replay, name, skip, one))
+        if not one.agrees and dialect.undivided:
+            one = one._replace(but_for_flips=is_of_sums(replay, skip, dialect, one))
         if one.agrees:
             found.append((dialect, one))
     return found
