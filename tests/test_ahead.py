@@ -42,3 +42,19 @@ def test_an_error_comes_where_it_happened(most: int) -> None:
     assert [next(coming) for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="here"):
         next(coming)
+
+
+def test_what_is_abandoned_is_not_made_to_the_end() -> None:
+    made, go_on = [], threading.Event()
+
+    def items() -> Iterator[int]:
+        for item in range(100):
+            made.append(item)
+            yield item
+            assert go_on.wait(60)
+
+    coming = ahead(items(), 16)
+    assert next(coming) == 0
+    threading.Timer(0.05, go_on.set).start()
+    coming.close()
+    assert len(made) <= 2

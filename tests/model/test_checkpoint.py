@@ -6,10 +6,12 @@ checkpoint or one refusal, never a wait, a traceback, or a file outside of the d
 
 import json
 import os
+import re
 import shutil
 import tracemalloc
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -470,10 +472,13 @@ def test_an_array_is_filled_with_rows_piece_by_piece(
     assert following == count
 
 
-@pytest.mark.parametrize("rows", [[], [0], [319, 0, 5, 5], range(320)])
-def test_single_rows_are_in_the_order_given(originals: Path, rows: Sequence[int]) -> None:
-    expected = load_file(originals / "single" / SINGLE)[EMBEDDING]
-    found = Checkpoint(originals / "sharded").rows_at(EMBEDDING, rows)
+@pytest.mark.parametrize("name", [EMBEDDING, "model.layers.0.self_attn.q_proj.bias"])
+@pytest.mark.parametrize("rows", [[], [0], [83, 0, 5, 5], range(84)])
+def test_single_rows_are_in_the_order_given(
+    originals: Path, rows: Sequence[int], name: str
+) -> None:
+    expected = load_file(originals / "single" / SINGLE)[name]
+    found = Checkpoint(originals / "sharded").rows_at(name, rows)
     assert same_bits(found, expected[list(rows)])
 
 
@@ -586,22 +591,75 @@ def test_any_damage_to_a_header_gives_weights_or_a_refusal(
         assert norm.shape == (84,)
 
 
-def test_a_file_that_is_cut_off_while_it_is_read_is_refused(single: Path) -> None:
+def test_a_file_that_is_cut_off_while_it_is_read_is_refused(
+    single: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "CHUNK", 1)  # a row at a time
+    checkpoint, path = Checkpoint(single), single / SINGLE
+    rows = [
+        checkpoint.rows(name, 0, len(values))
+        for name, values in load_file(path).items()
+        if len(values) > 1
+    ]
+    assert all(next(each) for each in rows)
+    os.truncate(path, path.stat().st_size - 1)
+    with pytest.raises(QwenrefError, match=r"model\.safetensors is truncated: it ends 1 bytes"):
+        deque(chain.from_iterable(rows), maxlen=0)
+
+
+def other_values(path: Path) -> None:
+    tensors = load_file(path)
+    save_file({name: values + values for name, values in tensors.items()}, path.parent / "other")
+    (path.parent / "other").replace(path)
+
+
+def other_types(path: Path) -> None:
+    tensors = load_file(path)
+    save_file({name: v.astype(np.float32) for name, v in tensors.items()}, path.parent / "other")
+    (path.parent / "other").replace(path)
+
+
+def other_values_in_place(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("change", [other_values, other_types, other_values_in_place])
+def test_a_file_that_is_another_than_the_one_before_is_refused(
+    single: Path, change: Callable[[Path], None]
+) -> None:
     checkpoint = Checkpoint(single)
-    last = max(checkpoint._files, key=checkpoint._begin)
-    assert len([*checkpoint.rows(last, 0, 1)]) == 1
-    path = single / "model.safetensors"
-    os.truncate(path, path.stat().st_size - 6)
-    count = checkpoint._header(last)[0][0]
-    with pytest.raises(QwenrefError, match=r"model\.safetensors is truncated: it ends 6 bytes"):
-        deque(checkpoint.rows(last, 0, count), maxlen=0)
+    assert len(checkpoint.rows_at(EMBEDDING, [1])) == 1
+    change(single / SINGLE)
+    changed = re.escape(f"{single / SINGLE} was changed while it was read: start again")
+    with pytest.raises(QwenrefError, match=changed):
+        checkpoint.rows_at(EMBEDDING, [1])
+    with pytest.raises(QwenrefError, match=changed):
+        next(checkpoint.rows(EMBEDDING, 0, 1))
+    with pytest.raises(QwenrefError, match=changed):
+        read_attention(checkpoint, 0)
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 321), (320, 1), (-1, 1), (5, 316)])
+def test_rows_that_a_tensor_does_not_have_are_never_read(
+    single: Path, start: int, count: int
+) -> None:
+    checkpoint = Checkpoint(single)
+    into = np.empty((count, 84), checkpoint.dtype(EMBEDDING))
+    with pytest.raises(IndexError):
+        next(checkpoint.read(EMBEDDING, into, start))
+    with pytest.raises(IndexError):
+        next(checkpoint.rows(EMBEDDING, start, start + count))
+    with pytest.raises(IndexError):
+        checkpoint.rows_at(EMBEDDING, range(start, start + count))
 
 
 def test_a_file_that_is_replaced_while_it_is_read_is_refused(single: Path) -> None:
     checkpoint = Checkpoint(single)
     assert checkpoint.dtype(EMBEDDING)
     save_file({"other": np.zeros(3, np.float32)}, single / "model.safetensors")
-    with pytest.raises(QwenrefError, match=r"was changed while it was read: .* is gone"):
+    with pytest.raises(QwenrefError, match=r"was changed while it was read"):
         next(checkpoint.rows(EMBEDDING, 0, 1))
     (single / "model.safetensors").unlink()
     with pytest.raises(QwenrefError, match=r"cannot read .*model\.safetensors: No such"):

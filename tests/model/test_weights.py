@@ -13,10 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 from qwenref.errors import QwenrefError
 from qwenref.model import checkpoint as checkpoint_module
+from qwenref.model import weights as weights_module
 from qwenref.model.checkpoint import INDEX, SINGLE, Checkpoint
 from qwenref.model.random_checkpoint import Shape, config_json, write
 from qwenref.model.weights import (
     AttentionWeights,
+    HeadMatrix,
     attention_tensors,
     read_attention,
     read_embedding,
@@ -358,10 +360,12 @@ def test_so_have_copies_that_do_not_fit_16_bits(
     assert prints(stored(tmp_path, original | {name: values.astype(dtype)})) != expected
 
 
+@pytest.mark.parametrize("block", [1000, weights_module.BLOCK])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_fingerprint_is_over_names_shapes_and_both_halves_of_float32(
-    tmp_path: Path, original: Tensors, dtype: type
+    tmp_path: Path, original: Tensors, dtype: type, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(weights_module, "BLOCK", block)
     fine = np.random.default_rng(1).standard_normal((84, 84)).astype(dtype)
     tensors = original | {NAMES["q_proj"]: fine, NAMES["o_proj"]: fine}
     hashed = blake3()
@@ -374,6 +378,21 @@ def test_the_fingerprint_is_over_names_shapes_and_both_halves_of_float32(
         if lower.any():
             hashed.update(b"lower\n" + blake3(lower.tobytes()).digest())
     assert prints(stored(tmp_path, tensors))[0] == f"blake3-halves:{hashed.hexdigest()}"
+
+
+def test_slices_of_the_head_hold_until_the_one_after_the_next_is_asked_for(
+    tmp_path: Path, original: Tensors
+) -> None:
+    expected = original["lm_head.weight"]
+    slices = HeadMatrix(stored(tmp_path, original), 7).slices(90)
+    held = [next(slices), next(slices)]
+    for first, rows in held:
+        assert same_bits(rows, expected[first : first + 80])
+    held.append(next(slices))
+    assert np.shares_memory(held[0][1], held[2][1])
+    assert not np.shares_memory(held[1][1], held[2][1])
+    for first, rows in held[1:]:
+        assert same_bits(rows, expected[first : first + 80])
 
 
 def test_shards_and_one_file_have_one_fingerprint(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_a_fault_is_an_alarm(models: Path) -> None:
 
 
 def test_a_factor_that_no_sum_of_exponentials_has_is_an_alarm(models: Path) -> None:
-    """Of 5854 attention is off by 2.9e-7, which is normal where rounded ones are summed before."""
+    """In 5854 attention is off by 2.9e-7: unrounded ones are summed, rounded ones mix values."""
     one = Healthy(5854, models)
     one.written["attention"] = one.written["attention"] * np.float32(1 + 2e-6)
     assert one.alarm(one.explained())

@@ -5,11 +5,12 @@ with what the configuration says, so that nothing is allocated because a file cl
 """
 
 import math
-from collections import deque
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NamedTuple
 
 import ml_dtypes
 import msgspec
@@ -64,7 +65,7 @@ class Checkpoint:
             QwenrefError: Something is missing, malformed, or leads out of the directory.
         """
         self._headers: dict[str, tuple[tuple[int, ...], str]] = {}
-        self._begins: dict[Path, dict[str, int]] = {}
+        self._layouts: dict[Path, _Layout] = {}
         try:
             self._open(path)
         except OSError as error:  # a name too long, a folder that may not be entered
@@ -135,7 +136,7 @@ class Checkpoint:
         """
         step = self._step(name)
         with self._reading(name) as file:
-            file.seek(self._begin(name) + start * self._row_bytes(name))
+            self._seek(file, name, start, len(into))
             for row in range(0, len(into), step):
                 piece = into[row : row + step]
                 _fill(piece, file, self._files[name])
@@ -147,18 +148,20 @@ class Checkpoint:
         Each piece is at most `CHUNK` bytes (one row, if that is larger).
         """
         step = self._step(name)
-        for row in range(start, stop, step):
-            piece = self._empty(name, min(step, stop - row))
-            deque(self.read(name, piece, row), maxlen=0)
-            yield row, piece
+        with self._reading(name) as file:
+            self._seek(file, name, start, max(0, stop - start))
+            for row in range(start, stop, step):
+                piece = self._empty(name, min(step, stop - row))
+                _fill(piece, file, self._files[name])
+                yield row, piece
 
     def rows_at(self, name: str, rows: Sequence[int]) -> np.ndarray:
         """Return single rows of a tensor, [rows, ..], in the order given, stored dtype."""
         values = self._empty(name, len(rows))
         with self._reading(name) as file:
-            for row, value in zip(rows, values, strict=True):
-                file.seek(self._begin(name) + row * self._row_bytes(name))
-                _fill(value, file, self._files[name])
+            for at, row in enumerate(rows):
+                self._seek(file, name, row, 1)
+                _fill(values[at : at + 1], file, self._files[name])
         return values
 
     def _empty(self, name: str, rows: int) -> np.ndarray:
@@ -173,21 +176,26 @@ class Checkpoint:
 
     @contextmanager
     def _reading(self, name: str) -> Iterator[FileIO]:
+        """Open the file of a tensor, which must be the one that was opened before."""
         path = self._files[name]
         try:
             with path.open("rb", buffering=0) as file:
+                found = os.fstat(file.fileno())
+                version = found.st_ino, found.st_size, found.st_mtime_ns
+                if path not in self._layouts:
+                    self._layouts[path] = _Layout(version, _begins(file, path))
+                layout = self._layouts[path]
+                if version != layout.version or name not in layout.begins:
+                    raise QwenrefError(f"{path} was changed while it was read: start again")
                 yield file
         except OSError as error:
             raise QwenrefError(f"cannot read {path}: {reason(error)}") from error
 
-    def _begin(self, name: str) -> int:
-        """Return where a tensor's values begin in its file."""
-        path = self._files[name]
-        if path not in self._begins:
-            self._begins[path] = _begins(path)
-        if name not in self._begins[path]:
-            raise QwenrefError(f"{path} was changed while it was read: {name} is gone")
-        return self._begins[path][name]
+    def _seek(self, file: FileIO, name: str, row: int, count: int) -> None:
+        """Go to where some rows begin, which must be the tensor's."""
+        if not 0 <= row <= row + count <= self._header(name)[0][0]:
+            raise IndexError(f"{name} has no {count} rows from {row} on")
+        file.seek(self._layouts[self._files[name]].begins[name] + row * self._row_bytes(name))
 
     def _header(self, name: str) -> tuple[tuple[int, ...], str]:
         if name not in self._headers:
@@ -211,16 +219,23 @@ def _fill(array: np.ndarray, file: FileIO, path: Path) -> None:
         left = left[count:]
 
 
+class _Layout(NamedTuple):
+    """Where each tensor begins in a file, and inode, size and time of change of that file."""
+
+    version: tuple[int, int, int]
+    begins: dict[str, int]
+
+
 class _Entry(msgspec.Struct):
     data_offsets: tuple[int, int] = (0, 0)
 
 
-def _begins(path: Path) -> dict[str, int]:
+def _begins(file: FileIO, path: Path) -> dict[str, int]:
     """Return where each tensor begins in a file that the library has checked."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = file.read(min(size, HEADER_LIMIT))
-    entries = parse_json(path, header, dict[str, _Entry])
+    size = int.from_bytes(file.read(8), "little")
+    header = np.empty(min(size, HEADER_LIMIT), np.uint8)
+    _fill(header, file, path)
+    entries = parse_json(path, header.tobytes(), dict[str, _Entry])
     return {name: 8 + size + entry.data_offsets[0] for name, entry in entries.items()}
 
 

@@ -232,7 +232,8 @@ class HeadMatrix:
     def slices(self, most: int) -> Iterator[tuple[int, np.ndarray]]:
         """Yield at most so many rows at a time, [O, D], with the number of the first of them.
 
-        Each is read over the last but one: `ahead` has that done with by then.
+        Each is read over the last but one: an array holds until the one after the next is asked
+        for, as `ahead` does with one item at a time.
 
         Raises:
             QwenrefError: They hold NaN or infinities.
@@ -259,8 +260,9 @@ class HeadMatrix:
 class Fingerprint:
     """BLAKE3 over name, shape and values of tensors, the values as halves of float32.
 
-    Of each tensor the upper 16 bits of all its values come first, little-endian. If the lower ones
-    are not all 0, ``lower`` and a line feed follow, and the hash of these.
+    Of each tensor there come, as bytes, its name with its shape (``a.weight[2, 3]``) and a line
+    feed; the upper 16 bits of all its values, little-endian; and, if the lower ones are not all 0,
+    ``lower``, a line feed, and the 32 bytes of these ones' hash.
 
     That makes it independent of how the weights are stored: bf16, f16 and f32 copies of the same
     numbers, in one file or in shards, have one fingerprint. Of bfloat16, the dtype of the published

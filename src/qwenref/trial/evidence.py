@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from qwenref.chain import Span
 from qwenref.metrics import MARGIN, sums_of
 from qwenref.trial.dialects import EXACT, Dialect, result_dialects
 from qwenref.trial.normal import Honest, rows_off, share_of_rows_off
@@ -58,24 +59,29 @@ def is_of_sums(replay: Replay, skip: Skip, dialect: Dialect, left: Weighed) -> b
     2**(s c - s c) with one rounding of s c, as in FlashAttention's kernels. The sum that divides
     has that, a probability of 1 + 2**-24 |s| that is rounded has not.
     """
-    if not replay.can("attn_scores", skip):
+    if left.residual.contradictions or not replay.can("attn_scores", skip):
         return False
-    scores = (
-        replay.compute("attn_scores", span, skip)[:, span.first - span.start :]
-        for span in replay.spans
-    )
-    largest = np.concatenate([np.abs(of).max(axis=-1) for of in scores], axis=1).T  # [T, N]
+    largest = np.concatenate([_largest(replay, span, skip) for span in replay.spans])
     held, normal = replay.held["attention"], MARGIN * (left.floors.whole or 0.0)
-    squares, rest = 0.0, 0.0
     for first, truth, dumped in compared(replay, "attention", held, skip, dialect):
         truth, dumped = (x.reshape(len(x), -1, replay.sizes["H"]) for x in (truth, dumped))
         own, along = np.vecdot(truth, truth), np.vecdot(truth, dumped - truth)
         factors = np.divide(along, own, out=np.zeros_like(own), where=own > 0)
-        if not np.all(np.abs(factors) <= 2**-24 * largest[first : first + len(own)] + normal):
+        rest = dumped - truth * (1 + factors[:, :, None])
+        scale = normal * np.sqrt(np.maximum(own, own.mean()))
+        of_sums = np.abs(factors) <= 2**-24 * largest[first : first + len(own)] + normal
+        if not np.all(of_sums & (np.linalg.norm(rest, axis=-1) <= scale)):
             return False
-        squares += own.sum()
-        rest += np.square(dumped - truth * (1 + factors[:, :, None])).sum()
-    return bool(np.sqrt(rest) <= normal * np.sqrt(squares))
+    return True
+
+
+def _largest(replay: Replay, span: Span, skip: Skip) -> np.ndarray:
+    """Return the size of the largest score that each query sees, [t, N]."""
+    scores = replay.compute("attn_scores", span, skip)
+    T, S = scores.shape[1:]
+    seen = np.tri(T, S, span.start, dtype=bool)
+    largest = np.where(seen, scores, -np.inf).max(axis=-1)
+    return np.abs(largest).T[span.first - span.start :]
 
 
 def few_values_off(

@@ -1,5 +1,6 @@
 """What a replay is of: a decoder layer, or what follows the last one. Its stages and weights."""
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -139,8 +140,9 @@ class HeadPart:
         name, (V, D) = self._tensor
         size = max(1, HEAD_BYTES // (np.dtype(dtype).itemsize * D))
         for start in range(0, V, size):
-            pieces = checkpoint.rows(name, start, min(start + size, V))
-            yield Matrix(np.concatenate([piece for _, piece in pieces]))
+            rows = np.empty((min(size, V - start), D), checkpoint.dtype(name))
+            deque(checkpoint.read(name, rows, start), maxlen=0)
+            yield Matrix(rows)
 
 
 Part = LayerPart | HeadPart

@@ -171,9 +171,9 @@ def _operands(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found
             break
         one = weighed(replay, name, skip, dialect)
         if not one.agrees and (dialect.rounds_unseen or bridges):
-            one = one._replace(but_for_flips=are_flips(replay, name, skip, one))
+            one = one._replace(explained=are_flips(replay, name, skip, one))
         if not one.agrees and dialect.undivided:
-            one = one._replace(but_for_flips=is_of_sums(replay, skip, dialect, one))
+            one = one._replace(explained=is_of_sums(replay, skip, dialect, one))
         if one.agrees:
             found.append((dialect, one))
     return found

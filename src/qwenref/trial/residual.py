@@ -58,20 +58,21 @@ class Weighed(NamedTuple):
         residual: What was found.
         floors: What is normal.
         worst: The slice that is the most floors off; None if no slice can be judged.
-        but_for_flips: Whether what is left is that unseen values were rounded the other way.
+        explained: Whether what is left is known to come of unseen values, though it is much: some
+            were rounded the other way, or made a factor.
     """
 
     residual: Residual
     floors: Errors
     worst: Worst | None
-    but_for_flips: bool = False
+    explained: bool = False
 
     @property
     def agrees(self) -> bool:
         """Whether the residual is normal."""
         if self.residual.contradictions or self.residual.errors.whole is None:
             return False  # nothing is as far off as something from zero
-        return self.but_for_flips or self.worst is None or self.worst.ratio <= MARGIN
+        return self.explained or self.worst is None or self.worst.ratio <= MARGIN
 
     @property
     def blind(self) -> bool:
