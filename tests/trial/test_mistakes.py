@@ -91,6 +91,7 @@ def test_a_sample_of_what_we_plant(number: int) -> None:
         ("", ("attn_norm",), 1, 2),  # any-step
         ("", ("ffn_norm",), 1, 7),
         ("", ("lm_head",), 1, 7),
+        ("", ("ffn_swigl",), 1, 2),
         ("the mean, not the sum", ("post_attn_residual", "post_ffn_residual"), 0, 7),
     ],
 )

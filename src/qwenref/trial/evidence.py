@@ -13,7 +13,8 @@ FLIPS = 0.15
 """Of the error before, so much may be left where an engine rounds what is in no dump: where that is
 nearly a tie, float32 noise makes it another number of the format. A value is off by 1e-7, float16
 has a tie every 5e-4: one in 2,000 flips, and leaves sqrt(12 / 2000) = 0.08. A dialect that is not
-the engine's leaves 0.3 or more in 99 of 100 cases (scripts/measure_evidence.py).
+the engine's leaves 0.3 or more in 99 of 100 cases (scripts/measure_evidence.py); so
+more must not be left by one kernel for two stages either.
 """
 
 PARALLEL, ROWS = 0.9, 3.0

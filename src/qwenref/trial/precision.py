@@ -19,10 +19,10 @@ from qwenref.trial.dialects import (
     with_operands,
     with_weights,
 )
-from qwenref.trial.evidence import are_flips, few_values_off, is_from_inputs, is_of_sums
+from qwenref.trial.evidence import FLIPS, are_flips, few_values_off, is_from_inputs, is_of_sums
 from qwenref.trial.normal import Honest
 from qwenref.trial.replay import NOTHING, Replay, Skip
-from qwenref.trial.residual import Weighed, weighed
+from qwenref.trial.residual import Weighed, residual_of, weighed
 
 OPERANDS_OF_DUMPS = ("float16", "bfloat16")
 """Formats of operands, the coarser one last. Of values that were rounded when they were dumped it
@@ -191,10 +191,9 @@ def _fused(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
         return []
     without, name_of, text = FUSED[name]
     account = account_of(replay, name, skip | {without})
-    if not account.agrees:
-        return []
-    dialect = Dialect(name_of, text, skips=frozenset({without}))
-    return [(dialect, account.weighed)]
+    one = Dialect(name_of, text, skips=frozenset({without})), account.weighed
+    explains = _left(one) <= FLIPS * (residual_of(replay, name, skip).errors.whole or 0.0)
+    return [one] if account.agrees and explains else []
 
 
 def _difference(replay: Replay, name: str, skip: Skip, weights: Formats) -> _Found:
