@@ -55,10 +55,17 @@ def judge(measurement: Measurement, rules: Rules) -> Result:
     )
 
 
+def _severity(one: Judged) -> tuple[bool, float, float]:
+    """Return what makes a pair the worst; two whose worst slice is alike differ as a whole."""
+    errors = one.pair.errors
+    whole = None if errors is None else errors.whole
+    return one.status == "differ", one.ratio, -1.0 if whole is None else whole
+
+
 def _stage(measurement: Measurement, stage: StageMeasured, pairs: Sequence[Judged]) -> StageResult:
     """Return one stage: the numbers of its worst pair, the status of all."""
     status = _status([one.status for one in pairs])
-    shown = max(pairs, key=lambda one: (one.status == "differ", one.ratio))
+    shown = max(pairs, key=_severity)
     odd = _odd_one_out(pairs)
     result = StageResult(
         layer=stage.layer,
