@@ -11,7 +11,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from qwenref.metrics import Errors, Sums, errors_of, floors_of, for_all_tokens, sums_of, worst_of
+from qwenref.metrics import (
+    Errors,
+    Sums,
+    errors_of,
+    floors_of,
+    for_all_tokens,
+    of_draws,
+    sums_of,
+    worst_of,
+)
 from qwenref.stages import ATTENTION, BY_NAME, Stage
 
 BLOCKED = ("qkv_matmul", "qkv_bias")
@@ -40,6 +49,12 @@ SIZES = st.builds(Sizes, *(st.integers(1, most) for most in (4, 4, 3, 4, 5)))
 SEEDS = st.integers(0, 2**32 - 1)
 
 
+def floors_of_one(stage: Stage, sums: Sums, sizes: dict[str, int]) -> Errors:
+    alone = sums._replace(error=sums.error[None], largest=sums.largest[None])
+    (floors,) = floors_of(stage, alone, sizes)
+    return floors
+
+
 class Rows(NamedTuple):
     """A true array and the difference from it, [token, head, cell]."""
 
@@ -48,13 +63,17 @@ class Rows(NamedTuple):
     truth: np.ndarray
     off: np.ndarray
 
-    def sums(self) -> Sums:
+    def as_dumped(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return both in the stage's own axes."""
         truth, off = self.truth, self.off
         if self.stage.name in MASKED:
-            truth, off = truth.swapaxes(0, 1), off.swapaxes(0, 1)
-        elif len(self.stage.axes) == 2:
-            truth, off = truth.reshape(self.sizes.T, -1), off.reshape(self.sizes.T, -1)
-        return sums_of(self.stage, truth, off, self.sizes.H)
+            return truth.swapaxes(0, 1), off.swapaxes(0, 1)
+        if len(self.stage.axes) == 2:
+            return truth.reshape(self.sizes.T, -1), off.reshape(self.sizes.T, -1)
+        return truth, off
+
+    def sums(self) -> Sums:
+        return sums_of(self.stage, *self.as_dumped(), self.sizes.H)
 
     def errors(self, of: Callable[..., Errors] = errors_of) -> Errors:
         return of(self.stage, self.sums(), self.sizes._asdict())
@@ -128,7 +147,7 @@ def errors_by_loops(rows: Rows) -> Errors:
 @given(SIZES, SEEDS)
 def test_errors_and_floors_are_those_computed_by_loops(stage: Stage, sizes: Sizes, seed: int):
     rows = drawn(stage, sizes, seed, uneven=True)
-    errors, floors = errors_by_loops(rows), rows.errors(floors_of)
+    errors, floors = errors_by_loops(rows), rows.errors(floors_of_one)
     assert_same(rows.errors(), errors)
     blocks = [worst([errors.whole, block]) for block in errors.blocks or [errors.whole]]
     heads = zip(errors.heads, sizes.blocks(stage), strict=bool(errors.heads))
@@ -142,6 +161,25 @@ def test_errors_and_floors_are_those_computed_by_loops(stage: Stage, sizes: Size
     assert_same(floors, expected, rel=0.00501)
     for floor in slices(floors).values():
         assert len(Decimal(str(floor or 0)).normalize().as_tuple().digits) <= 3
+
+
+@every_stage
+@settings(max_examples=5)
+@given(SIZES, SEEDS)
+def test_several_arrays_have_the_floors_of_each_and_draws_their_mean_square_and_largest(
+    stage: Stage, sizes: Sizes, seed: int
+):
+    a, b = (drawn(stage, sizes, seed + n, uneven=True) for n in range(2))
+    b = b._replace(truth=a.truth)
+    truth, off = a.as_dumped()
+    both = np.stack([off, b.as_dumped()[1]])
+    sums = sums_of(stage, truth, both, sizes.H)
+    of_both = floors_of(stage, sums, sizes._asdict())
+    assert of_both == [rows.errors(floors_of_one) for rows in (a, b)]
+
+    together, (one, other) = of_draws(sums), (rows.sums() for rows in (a, b))
+    np.testing.assert_allclose(together.error, (one.error + other.error) / 2, rtol=1e-12)
+    assert np.array_equal(together.largest, np.maximum(one.largest, other.largest))
 
 
 def test_an_example_by_hand():
@@ -179,7 +217,7 @@ def test_what_masked_cells_hold_never_shows(name: str, garbage: float):
     masked = np.triu(np.ones((AWKWARD.T, AWKWARD.T), bool), 1)[:, None]
     truth, off = (np.where(masked, garbage, values) for values in (rows.truth, rows.off))
     for filled in ({"truth": truth}, {"off": off}, {"truth": truth, "off": off}):
-        for of in (errors_of, floors_of):
+        for of in (errors_of, floors_of_one):
             assert rows._replace(**filled).errors(of) == rows.errors(of)
 
 
@@ -188,7 +226,7 @@ def test_what_masked_cells_hold_never_shows(name: str, garbage: float):
 def test_zero_is_on_no_scale_an_error(stage: Stage, off: int, scale: int, error: float | None):
     rows = drawn(stage)
     rows.truth[:], rows.off[:] = scale, off
-    for of in (errors_of, floors_of):
+    for of in (errors_of, floors_of_one):
         assert {*slices(rows.errors(of)).values()} == {error}
 
 

@@ -7,7 +7,7 @@ into an error.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Annotated, NamedTuple
 
 import msgspec
@@ -47,16 +47,16 @@ class Sums(NamedTuple):
     """What is left of a comparison, for each token and head: [T, J].
 
     J is 1 for a stage without heads, and N + 2K for q, k, v side by side. Masked cells count for
-    nothing.
+    nothing. Of several arrays that are compared with one truth, the errors are [..., T, J].
     """
 
     error: np.ndarray
-    """sums of squared differences"""
+    """sums of squared differences, [..., T, J]"""
     scale: np.ndarray
     """sums of squares, [1, T, J] of the truth, or [2, T, J] of both where neither is it: of two
     scales the smaller one counts"""
     largest: np.ndarray
-    """largest absolute differences"""
+    """largest absolute differences, [..., T, J]"""
     cells: np.ndarray
     """numbers of values"""
 
@@ -64,12 +64,12 @@ class Sums(NamedTuple):
 def sums_of(
     stage: Stage, truth: np.ndarray, difference: np.ndarray, head_dim: int, first: int = 0
 ) -> Sums:
-    """Sum up the difference of an array from the truth.
+    """Sum up the difference of an array from the truth, or of several.
 
     Args:
         stage: Which stage both are, in the axes of `stage.axes`.
         truth: Float64, finite but for masked cells.
-        difference: Float64, of that shape.
+        difference: Float64, of that shape, or with more axes before it.
         head_dim: H.
         first: Position of the first token.
     """
@@ -80,9 +80,9 @@ def sums_of(
     visible = first + np.arange(1, T + 1) if stage.masked else np.full(T, width)
     with np.errstate(over="ignore"):
         return Sums(
-            error=np.einsum("tjc,tjc->tj", difference, difference),
-            scale=np.einsum("tjc,tjc->tj", truth, truth)[None],
-            largest=np.abs(difference).max(axis=-1),
+            error=np.einsum("...c,...c->...", difference, difference),
+            scale=np.einsum("...c,...c->...", truth, truth)[None],
+            largest=np.maximum(difference.max(axis=-1), -difference.min(axis=-1)),
             cells=np.broadcast_to(visible[:, None], (T, J)),
         )
 
@@ -95,7 +95,7 @@ def errors_of(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> Errors:
         sums: What `sums_of` gave.
         sizes: N and K.
     """
-    return _errors(stage, *_ratios(stage, sums, sizes))
+    return _errors(stage, _ratios(stage, sums, sizes))
 
 
 def worst_element_of(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> tuple[int, int]:
@@ -105,19 +105,31 @@ def worst_element_of(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> tupl
     return int(token), int(head)
 
 
-def floors_of(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> Errors:
+def of_draws(sums: Sums) -> Sums:
+    """Return the sums of R honest draws, [..., R, T, J], as one: the mean square, the largest."""
+    return sums._replace(error=sums.error.mean(axis=-3), largest=sums.largest.max(axis=-3))
+
+
+def floors_of(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> list[Errors]:
     """Return what errors of all slices are normal, given one such error: as `errors_of`, but more.
 
     The floor of a block is at least that of the whole, that of a head at least its block's, that of
     a token or an element at least all blocks': else one draw of a small slice would exceed another
     by hundreds. Three digits are kept.
+
+    Args:
+        stage: Whose sums these are.
+        sums: What `sums_of` gave of C arrays, with errors [C, T, J].
+        sizes: N and K.
     """
     whole, blocks, heads, tokens, elements = _ratios(stage, sums, sizes)
     blocks = np.maximum(blocks, whole)
-    heads = np.maximum(heads, blocks[_block_of_heads(stage, len(heads), sizes)])
-    tokens = np.maximum(tokens, blocks.max())
-    elements = np.maximum(elements.max(keepdims=True), blocks.max())
-    return _errors(stage, *map(_three_digits, (whole, blocks, heads, tokens, elements)))
+    heads = np.maximum(heads, blocks[:, _block_of_heads(stage, heads.shape[-1], sizes)])
+    largest = blocks.max(axis=-1, keepdims=True)
+    tokens = np.maximum(tokens, largest)
+    element = np.maximum(elements.max(axis=-1, keepdims=True), largest)
+    floors = zip(whole, blocks, heads, tokens, element, strict=True)
+    return [_errors(stage, of_one, _three_digits) for of_one in floors]
 
 
 class Worst(NamedTuple):
@@ -181,7 +193,8 @@ def for_all_tokens(floors: Errors, positions: Sequence[int], T: int) -> Errors:
 
 @np.errstate(over="ignore")
 def _ratios(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> tuple[np.ndarray, ...]:
-    block = _block_of_heads(stage, sums.error.shape[1], sizes)
+    """Return errors of the whole, blocks, heads, tokens and elements, each [..., how many]."""
+    block = _block_of_heads(stage, sums.error.shape[-1], sizes)
     first_heads = np.unique(block, return_index=True)[1]
     per_head = Sums(*(part.sum(axis=-2) for part in sums))
     per_block = Sums(*(np.add.reduceat(part, first_heads, axis=-1) for part in per_head))
@@ -189,12 +202,13 @@ def _ratios(stage: Stage, sums: Sums, sizes: Mapping[str, int]) -> tuple[np.ndar
     mean_squares = per_block.scale / per_block.cells
 
     of_heads = mean_squares[:, block]
+    elements = _ratio(sums.largest, _scales(sums, of_heads[:, None]) ** 0.5)
     return (
         _relative(Sums(*(part.sum(axis=-1, keepdims=True) for part in per_head))),
         _relative(per_block),
         _relative(per_head, of_heads),
-        _relative(per_token, mean_squares[:, None]).max(axis=1),
-        _ratio(sums.largest, _scales(sums, of_heads[:, None]) ** 0.5).reshape(-1),
+        _relative(per_token, mean_squares[:, None]).max(axis=-1),
+        elements.reshape(*elements.shape[:-2], -1),
     )
 
 
@@ -220,11 +234,12 @@ def _block_of_heads(stage: Stage, heads: int, sizes: Mapping[str, int]) -> np.nd
 
 
 def cells_of(stage: Stage, values: np.ndarray, head_dim: int) -> np.ndarray:
-    """Return the values of each token and head, [T, J, values]."""
+    """Return the values of each token and head, [..., T, J, values], of [..., `stage.axes`]."""
     if stage.axes[0] == "N":
-        return values.swapaxes(0, 1)
+        return values.swapaxes(-3, -2)
     width = head_dim if stage.has_heads else values.shape[-1]
-    return values.reshape(len(values), -1, width)
+    tokens = values.shape[: values.ndim - len(stage.axes) + 1]
+    return values.reshape(*tokens, -1, width)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -233,22 +248,24 @@ def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
         return np.where(part == 0, 0.0, part / whole)
 
 
-def _errors(stage: Stage, *ratios: np.ndarray) -> Errors:
+def _errors(
+    stage: Stage, ratios: Sequence[np.ndarray], number: Callable[[float], float] = float
+) -> Errors:
     *lists, elements = ratios
-    (whole,), blocks, heads, tokens = (map(finite, part) for part in lists)
+    (whole,), blocks, heads, tokens = ([finite(number(x)) for x in part.tolist()] for part in lists)
     return Errors(
         whole=whole,
-        blocks=[*blocks] if stage.blocks else [],
-        heads=[*heads] if stage.has_heads else [],
-        tokens=[*tokens],
-        element=finite(elements.max()),
+        blocks=blocks if stage.blocks else [],
+        heads=heads if stage.has_heads else [],
+        tokens=tokens,
+        element=finite(number(elements.max())),
     )
 
 
-def _three_digits(values: np.ndarray) -> np.ndarray:
-    return np.array([float(f"{value:.3g}") for value in values])
+def _three_digits(value: float) -> float:
+    return float(f"{value:.3g}")
 
 
 def finite(value: float) -> Error:
     """Return a number, None if it is NaN or infinite."""
-    return float(value) if np.isfinite(value) else None
+    return float(value) if math.isfinite(value) else None

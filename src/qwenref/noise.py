@@ -8,7 +8,7 @@ of one stage from exact inputs; *inputs* that of one exact stage whose inputs we
 dumps of engines that do not read back what they dump.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array
 
 from qwenref.dumps.manifest import Noise, StageNoise
-from qwenref.metrics import Errors, floors_of, sums_of
+from qwenref.metrics import floors_of, of_draws, sums_of
 from qwenref.model.arithmetic import Arithmetic
 from qwenref.model.attention import Attention
 from qwenref.model.config import Config
@@ -76,11 +76,11 @@ class Runs(NamedTuple):
 
     Attributes:
         truth: Exact.
-        chains: By class, as R engines of it compute it: [R, ...].
+        chains: As R engines of each class compute it: [C, R, ...], in the order of `CLASSES`.
     """
 
     truth: np.ndarray
-    chains: dict[str, np.ndarray]
+    chains: np.ndarray
 
 
 class NoiseFloors:
@@ -158,8 +158,7 @@ class NoiseFloors:
             floors = {final_norm.name: floor}
             if sample is not None:
                 if last:
-                    of_last = {name: x[:, -1:] for name, x in normed.chains.items()}
-                    normed = Runs(normed.truth[-1:], of_last)
+                    normed = Runs(normed.truth[-1:], normed.chains[:, :, -1:])
                 _, floors[lm_head.name] = modules.compute(lm_head, [normed])
         return floors
 
@@ -218,57 +217,53 @@ class _Modules:
         truth = rows.astype(np.float64)
         if left is not None:
             # rounded again: next to ties, what the stream is off by would decide between neighbours
-            moved = {name: truth + (x - left.truth) for name, x in left.chains.items()}
-            return Runs(
-                truth, {name: self._drawn(x, CLASSES[name].results) for name, x in moved.items()}
-            )
-        held = {name: nearest(truth, FORMATS[of.results]) for name, of in CLASSES.items()}
-        draws = self.roundoff.draws
-        return Runs(truth, {name: np.stack([rows] * draws) for name, rows in held.items()})
+            return Runs(truth, self._store(truth + (left.chains - left.truth)))
+        held = np.stack([nearest(truth, FORMATS[of.results]) for of in CLASSES.values()])
+        return Runs(truth, held[:, None].repeat(self.roundoff.draws, axis=1))
 
     def compute(self, stage: Stage, given: Sequence[Runs]) -> tuple[Runs, StageNoise]:
         """Compute a stage in all classes, and its floors."""
-        operands = {
-            name: rounds.operands if stage.name in PRODUCTS else "exact"
-            for name, rounds in CLASSES.items()
-        }
-        batches = [[self._drawn(x.truth[None], name) for x in given] for name in FORMATS]
-        batches += [
-            [self._drawn(x.chains[name], operands[name]) for x in given] for name in CLASSES
+        operands = [
+            rounds.operands if stage.name in PRODUCTS else "exact" for rounds in CLASSES.values()
         ]
-        computed = self._computed(stage, batches)
-        from_rounded = dict(zip(FORMATS, computed, strict=False))
-        chains = dict(zip(CLASSES, computed[len(FORMATS) :], strict=True))
-
+        # exact inputs are rounded in R ways to operands, in one way as in a dump
+        ways = dict.fromkeys(("exact", *DUMPED), 1)
+        ways |= {name: self.roundoff.draws for name in operands if name != "exact"}
+        inputs = [self._together(x, ways, operands) for x in given]
+        *of_truth, of_chains = np.split(self._computed(stage, inputs), np.cumsum([*ways.values()]))
+        from_rounded = dict(zip(ways, of_truth, strict=True))
         truth = from_rounded["exact"][0]
         added = self.roundoff.of(stage, [x.truth for x in given], truth)
-        accumulated, local = {}, {}
-        for name, rounds in CLASSES.items():
-            errors = self._errors(stage, name, added)
-            chains[name] = chains[name] + errors
-            accumulated[name] = self._drawn(chains[name], rounds.results)
-            local[name] = self._drawn(from_rounded[operands[name]] + errors, rounds.results)
-        if stage.name == "attn_softmax":
-            accumulated = {
-                name: truth + self.growth * (runs - truth) for name, runs in accumulated.items()
-            }
-        inputs = {name: from_rounded[name][:1] for name in DUMPED}  # as they are: it is a dump
-        floors = [
-            {name: self._floors(stage, truth, runs) for name, runs in part.items()}
-            for part in (accumulated, local, inputs)
-        ]
+        errors = np.stack([self._errors(stage, name, added) for name in CLASSES])
+        chains = of_chains.reshape(errors.shape) + errors
         # the rounding of qkv_matmul exists in dumps alone
-        goes_on = chains if stage.name == "qkv_matmul" else accumulated
-        return Runs(truth, goes_on), StageNoise(*floors)
+        accumulated = self._store(chains.copy() if stage.name == "qkv_matmul" else chains)
+        if stage.name == "attn_softmax":
+            chains = accumulated = truth + self.growth * (accumulated - truth)
+        for name, local in zip(operands, errors, strict=True):
+            local += from_rounded[name]
+        dumped = np.stack([from_rounded[name][:1] for name in DUMPED])
+        floors = self._floors(stage, truth, (accumulated, self._store(errors), dumped))
+        return Runs(truth, chains), floors
 
-    def _computed(self, stage: Stage, batches: list[list[np.ndarray]]) -> list[np.ndarray]:
-        """Compute a stage exactly from several batches of inputs, [B, ...] each, in one go."""
-        together = [np.concatenate(arrays) for arrays in zip(*batches, strict=True)]
+    def _together(self, x: Runs, ways: Mapping[str, int], operands: Sequence[str]) -> np.ndarray:
+        """Return an input as exact engines get it, and then as all classes do: [B, ...].
+
+        Args:
+            x: The input.
+            ways: In how many ways its truth is rounded to each format.
+            operands: What each class rounds its own to.
+        """
+        draws = self.roundoff.draws
+        exact = [self._drawn(x.truth[None], name, count) for name, count in ways.items()]
+        chains = [self._drawn(*of, draws) for of in zip(x.chains, operands, strict=True)]
+        return np.concatenate(exact + chains)
+
+    def _computed(self, stage: Stage, inputs: list[np.ndarray]) -> np.ndarray:
+        """Compute a stage exactly from B sets of inputs, [B, ...] each, in one go."""
         name = "sampled_lm_head" if stage.name == "lm_head" else stage.name
         module = next(module for module in self.modules if hasattr(module, name))
-        computed = np.asarray(_in_float64(module, stage, name, together, self.shifts))
-        ends = np.cumsum([len(batch[0]) for batch in batches])
-        return np.split(computed, ends[:-1])
+        return np.asarray(_in_float64(module, stage, name, inputs, self.shifts))
 
     def _errors(self, stage: Stage, name: str, added: StageErrors) -> np.ndarray:
         """Draw what a class adds to a stage before it rounds the result: [R, ...]."""
@@ -283,21 +278,35 @@ class _Modules:
         drawn = generator(stage.name, name).standard_normal(added.float32.shape)
         return added.float32 + scale * drawn
 
-    def _drawn(self, runs: np.ndarray, name: str) -> np.ndarray:
+    def _drawn(self, runs: np.ndarray, name: str, draws: int) -> np.ndarray:
         """Round R runs, or one run in R ways, to a format: [R, ...]."""
         if name == "exact":
             return runs
-        scales = self.scales.reshape(-1, *[1] * (runs.ndim - 1))
+        scales = self.scales[:draws].reshape(-1, *[1] * (runs.ndim - 1))
         return nearest(runs * scales, FORMATS[name]) / scales
 
-    def _floors(self, stage: Stage, truth: np.ndarray, runs: np.ndarray) -> Errors:
-        """Return the floor that several runs show: the mean square error, and the largest."""
-        draws = [sums_of(stage, truth, run - truth, self.sizes["H"]) for run in runs]
-        error = np.mean([draw.error for draw in draws], axis=0)
-        largest = np.max([draw.largest for draw in draws], axis=0)
+    def _store(self, runs: np.ndarray) -> np.ndarray:
+        """Round all classes [C, R, ...] to what they store results in, in place."""
+        for of_class, rounds in zip(runs, CLASSES.values(), strict=True):
+            if rounds.results != "exact":
+                of_class[...] = self._drawn(of_class, rounds.results, len(of_class))
+        return runs
+
+    def _floors(self, stage: Stage, truth: np.ndarray, parts: Sequence[np.ndarray]) -> StageNoise:
+        """Return the floors that runs [.., R, ...] show: accumulated, local, of inputs rounded."""
+        sums = [of_draws(sums_of(stage, truth, runs - truth, self.sizes["H"])) for runs in parts]
+        error, largest = (
+            np.concatenate([getattr(part, of) for part in sums]) for of in ("error", "largest")
+        )
         if stage.name == "attn_softmax":  # its rms is smaller with more keys, its peaks are not
             largest *= self.roundoff.unseen_keys[:, None] ** 0.5
-        return floors_of(stage, draws[0]._replace(error=error, largest=largest), self.sizes)
+        floors = floors_of(stage, sums[0]._replace(error=error, largest=largest), self.sizes)
+        C = len(CLASSES)
+        return StageNoise(
+            dict(zip(CLASSES, floors[:C], strict=True)),
+            dict(zip(CLASSES, floors[C : 2 * C], strict=True)),
+            dict(zip(DUMPED, floors[2 * C :], strict=True)),
+        )
 
 
 @partial(jax.jit, static_argnums=(1, 2))

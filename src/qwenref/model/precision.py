@@ -181,8 +181,26 @@ def one_rounding(narrow: Format) -> float:
 
 def nearest(values: np.ndarray, narrow: Format) -> np.ndarray:
     """Round float64 values to a format as `rounded` does, but in NumPy, which compiles nothing."""
-    _, exponents = np.frexp(values)  # of |values| from 2**(exponent - 1) on
-    _, least = np.frexp(narrow.smallest or np.finfo(values.dtype).tiny)
-    steps = np.ldexp(1.0, np.maximum(exponents, least) - 1 - narrow.mantissa)
-    rounded = np.rint(values / steps) * steps
-    return np.where(np.abs(rounded) > narrow.largest, np.copysign(np.inf, rounded), rounded)
+    stored, word = WORDS["float64"]
+    if narrow.mantissa == stored:
+        return values.copy()
+    dropped, one = word(stored - narrow.mantissa), word(1)
+    step = one << dropped
+    bits = values.view(word)
+    up = bits >> dropped
+    up &= one
+    up += bits
+    up += (step >> one) - one  # a tie goes up, to the even neighbour, from an odd one only
+    up &= ~(step - one)
+    rounded = up.view(values.dtype)
+    sizes = np.abs(values)
+    if narrow.smallest:
+        small = sizes < narrow.smallest
+        quantum = narrow.smallest * 2.0**-narrow.mantissa
+        rounded[small] = np.rint(values[small] / quantum) * quantum
+    large = ~(sizes <= narrow.largest)  # NaN too
+    if large.any():
+        whole, found = values[large], rounded[large]
+        found = np.where(np.abs(found) > narrow.largest, np.copysign(np.inf, whole), found)
+        rounded[large] = np.where(np.isnan(whole), whole, found)
+    return rounded

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenref.judge.floors import for_last_token
-from qwenref.metrics import MARGIN, Errors, Sums, floors_of, for_all_tokens, sums_of
+from qwenref.metrics import MARGIN, Errors, Sums, floors_of, for_all_tokens, of_draws, sums_of
 from qwenref.model.formats import in_format, spacing
 from qwenref.model.roundoff import generator
 from qwenref.stages import BY_NAME, EMBEDDING, RESIDUAL, Stage
@@ -63,12 +63,10 @@ def floor_of(
             unknown = generator(name, "computed").uniform(-0.5, 0.5, draws.shape)
             draws = draws + unknown * spacing(draws, "float32")
         draws = _rounded(replay, name, draws, honest.result)
-    sums = _sums(replay, stage, value, draws)
-    largest = np.max([each.largest for each in sums], axis=0)
+    sums = of_draws(sums_of(stage, value, draws[None] - value, replay.sizes["H"]))
     if name == "attn_softmax":  # its rms is smaller with more keys, its peaks are not
-        largest *= replay.roundoff.unseen_keys[:, None] ** 0.5
-    error = np.mean([each.error for each in sums], axis=0)
-    floors = floors_of(stage, sums[0]._replace(error=error, largest=largest), replay.sizes)
+        sums.largest[...] *= replay.roundoff.unseen_keys[:, None] ** 0.5
+    (floors,) = floors_of(stage, sums, replay.sizes)
     floors = for_all_tokens(floors, replay.positions.tolist(), replay.sizes["T"])
     return for_last_token(floors) if replay.held[name].first else floors
 
@@ -87,8 +85,7 @@ def share_of_rows_off(
     """
     runs = _unrounded(replay, name, skip, honest)
     value, draws = (replay.rounded(name, of, honest.result) for of in runs)
-    sums = _sums(replay, BY_NAME[name], value, draws)
-    return float(np.mean([rows_off(each, normal) for each in sums]))
+    return rows_off(sums_of(BY_NAME[name], value, draws - value, replay.sizes["H"]), normal)
 
 
 def rows_off(sums: Sums, normal: float) -> float:
@@ -96,10 +93,6 @@ def rows_off(sums: Sums, normal: float) -> float:
     scale = np.sqrt(sums.scale.min(axis=0) / sums.cells)
     least = MARGIN * normal * np.maximum(scale, scale.mean())
     return float(np.mean(sums.largest > least))
-
-
-def _sums(replay: Replay, stage: Stage, value: np.ndarray, draws: np.ndarray) -> list[Sums]:
-    return [sums_of(stage, value, draw - value, replay.sizes["H"]) for draw in draws]
 
 
 def _unrounded(replay: Replay, name: str, skip: Skip, honest: Honest) -> Runs:
