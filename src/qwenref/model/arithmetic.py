@@ -1,5 +1,6 @@
 """What the modules of a model share: its precision, and the products and norms made in it."""
 
+from copy import copy
 from functools import partial
 
 import jax
@@ -27,9 +28,18 @@ class Arithmetic(nnx.Module):
             precision: What to compute in and what to round.
         """
         self.config = config
+        self._compute_in(precision)
+
+    def _compute_in(self, precision: Precision) -> None:
         self.dtype = precision.arithmetic
         roundings = jax.device_put(precision.roundings()) if precision.formats else None
         self.roundings = nnx.data(roundings)
+
+    def rounding_as(self, precision: Precision) -> "Arithmetic":
+        """Return the same module, with the same weights, in another precision."""
+        other = copy(self)
+        other._compute_in(precision)
+        return other
 
     @property
     def matrices(self) -> dict[str, tuple[Matrix, ...]]:

@@ -15,13 +15,15 @@ from qwenref.model.config import Config
 from qwenref.model.feed_forward import FeedForward
 from qwenref.model.head import Head, SampledHead
 from qwenref.model.matrix import Matrix
-from qwenref.model.precision import Precision
+from qwenref.model.precision import PRECISIONS, Precision
 from qwenref.model.weights import AttentionWeights, FeedForwardWeights, check_tensors, head_matrix
 from qwenref.stages import HEAD, LAYER, RESIDUAL, Stage
 
 OF_ATTENTION = ("attn_norm", "qkv_matmul", "qkv_bias", "attn_out")
 OF_FEED_FORWARD = ("ffn_norm", "ffn_gate", "ffn_up", "ffn_out")
 """Stages that take weights, besides those of the whole model."""
+
+FLOAT64 = PRECISIONS["float64"]
 
 CHAIN = (RESIDUAL, *(stage.name for stage in LAYER))
 """What enters a layer, and its stages."""
@@ -51,7 +53,7 @@ class LayerPart:
         attention: AttentionWeights | None,
         feed_forward: FeedForwardWeights | None = None,
     ):
-        """Put the weights on JAX's default device, once for every rounding.
+        """Put the weights on JAX's default device, once for all roundings.
 
         Args:
             config: Sizes, eps and theta.
@@ -62,18 +64,17 @@ class LayerPart:
         self.config, self.layer = config, layer
         self.weighted = (*OF_ATTENTION * bool(attention), *OF_FEED_FORWARD * bool(feed_forward))
         none = np.zeros(0, np.float32)
-        self._attention = attention or AttentionWeights(*[none] * 8)
-        self._feed_forward = feed_forward or FeedForwardWeights(*[none] * 4)
+        self._modules: list[Arithmetic] = [
+            Attention(config, attention or AttentionWeights(*[none] * 8), FLOAT64),
+            FeedForward(config, feed_forward or FeedForwardWeights(*[none] * 4), FLOAT64),
+        ]
         held = [*(attention or ()), *(feed_forward or ())]
         self.dtypes = {np.dtype(x.dtype).name for x in held if x is not None}
         self.stored = "" if attention is None else np.dtype(attention.norm.dtype).name
 
     def modules(self, precision: Precision) -> list[Arithmetic]:
         """Return what computes its stages."""
-        return [
-            Attention(self.config, self._attention, precision),
-            FeedForward(self.config, self._feed_forward, precision),
-        ]
+        return [module.rounding_as(precision) for module in self._modules]
 
     def sampled(self, precision: Precision) -> list[Arithmetic]:
         """Return what computes its stages where not all values are looked at: all are."""
@@ -103,24 +104,26 @@ class HeadPart:
         """
         self.config, self._checkpoint = config, checkpoint
         self.weighted = *["final_norm"] * (norm is not None), *["lm_head"] * bool(checkpoint)
-        self._norm = np.zeros(0, np.float32) if norm is None else norm
-        self._sample = np.zeros((1, config.hidden_size), self._norm.dtype)
+        weight = np.zeros(0, np.float32) if norm is None else norm
+        sample = np.zeros((1, config.hidden_size), weight.dtype)
         self.stored = "" if norm is None else np.dtype(norm.dtype).name
         self.dtypes = {self.stored} - {""}
         if checkpoint is not None:
             self._tensor = head_matrix(config)
             check_tensors(checkpoint, [self._tensor])
             chosen = range(0, config.vocab_size, max(1, config.vocab_size // SAMPLED))
-            self._sample = checkpoint.rows_at(self._tensor.name, chosen)
-            self.dtypes |= {np.dtype(self._sample.dtype).name}
+            sample = checkpoint.rows_at(self._tensor.name, chosen)
+            self.dtypes |= {np.dtype(sample.dtype).name}
+        self._head = Head(config, weight, FLOAT64)
+        self._sampled = SampledHead(config, weight, sample, FLOAT64)
 
     def modules(self, precision: Precision) -> list[Arithmetic]:
         """Return what computes its stages."""
-        return [Head(self.config, self._norm, precision)]
+        return [self._head.rounding_as(precision)]
 
     def sampled(self, precision: Precision) -> list[Arithmetic]:
         """Return what computes them for some entries of the vocabulary."""
-        return [SampledHead(self.config, self._norm, self._sample, precision)]
+        return [self._sampled.rounding_as(precision)]
 
     def compute(self, modules: Sequence[Any], stage: Stage, *given: Any) -> np.ndarray:
         """Return what a stage makes of its input."""
