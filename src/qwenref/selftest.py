@@ -234,8 +234,10 @@ IN_DEPTH = {
 IN_HEAD = {"final_norm": "norm-skipped", "lm_head": "head-untransposed"}
 
 
-def outcomes_in_depth(cell: Cell = DEEP, layers: int = LAYERS) -> Iterator[Outcome]:
+def outcomes_in_depth(cell: Cell = DEEP, layers: int = LAYERS, every: int = 1) -> Iterator[Outcome]:
     """Plant two mistakes in different layers, or in one and the head; first of all none.
+
+    All pairs of them, or every so many.
 
     The whole model is dumped and explained, and of each of its parts it is found out what became of
     what was planted there.
@@ -245,7 +247,8 @@ def outcomes_in_depth(cell: Cell = DEEP, layers: int = LAYERS) -> Iterator[Outco
         write(model, replace(SHAPES[cell.shape], num_hidden_layers=layers), dtype=cell.dtype)
         tokens = _tokens(model, cell.T)
         engine = Engine(model, tokens, cell.dtype)
-        for number, pair in enumerate(({}, *_pairs(layers))):
+        chosen = islice(_pairs(layers), None, None, every)
+        for number, pair in enumerate(({}, *chosen)):
             dump, layout = Path(folder) / "dump", [*LAYOUTS][number % 2]
             dump.mkdir()
             visible = engine.dump(pair, dump, layout)

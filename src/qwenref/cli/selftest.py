@@ -11,8 +11,11 @@ from qwenref.interrupts import Interrupts
 
 def selftest(
     full: Annotated[
-        bool, typer.Option("--full", help="All shapes, lengths and precisions: an hour.")
+        bool, typer.Option("--full", help="All shapes, lengths and precisions: hours.")
     ] = False,
+    every: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Plant every Nth mistake only, to be done soon.")
+    ] = 1,
 ) -> int:
     """Plant every known mistake in a random model, and see whether explain finds and names it.
 
@@ -32,8 +35,9 @@ def selftest(
 
         with interrupts.let_through():
             found, met = [], True
-            rows = [(str(cell), cell.dtype, outcomes_in(cell)) for cell in cells(full=full)]
-            rows.append((f"{LAYERS} layers, two mistakes each", DEEP.dtype, outcomes_in_depth()))
+            rows = [(str(cell), cell.dtype, outcomes_in(cell, every)) for cell in cells(full=full)]
+            in_depth = outcomes_in_depth(every=every)
+            rows.append((f"{LAYERS} layers, two mistakes each", DEEP.dtype, in_depth))
             typer.echo(f"{'':56}visible  found  named  invisible  hidden  false alarms")
             for name, dtype, outcomes in rows:
                 here = []
