@@ -18,13 +18,14 @@ import numpy as np
 from jaxtyping import Array
 
 from qwenref.dumps.manifest import Noise, StageNoise
-from qwenref.metrics import floors_of, of_draws, sums_of
+from qwenref.metrics import Sums, floors_of, of_draws, sums_of
 from qwenref.model.arithmetic import Arithmetic
 from qwenref.model.attention import Attention
 from qwenref.model.config import Config
 from qwenref.model.feed_forward import FeedForward
+from qwenref.model.formats import in_format
 from qwenref.model.head import SampledHead
-from qwenref.model.precision import FORMATS, PRECISIONS, nearest, one_rounding
+from qwenref.model.precision import FORMATS, PRECISIONS, one_rounding
 from qwenref.model.roundoff import Roundoff, StageErrors, generator
 from qwenref.model.weights import AttentionWeights, FeedForwardWeights
 from qwenref.stages import HEAD, LEAVING, RESIDUAL, Stage, needed_for
@@ -183,6 +184,21 @@ def noise_floor(
     return Noise(floors.positions.tolist(), of_wanted)
 
 
+def sums_of_draws(stage: Stage, truth: np.ndarray, draws: np.ndarray, roundoff: Roundoff) -> Sums:
+    """Sum up by how much honest engines are off: the mean square, and the largest.
+
+    Args:
+        stage: Which stage these are.
+        truth: Exact, in the axes of the stage.
+        draws: What R engines, of several classes, compute: [..., R, ...].
+        roundoff: Knows which tokens of the prompt they are.
+    """
+    sums = of_draws(sums_of(stage, truth, draws - truth, roundoff.config.sizes["H"]))
+    if stage.name == "attn_softmax":  # its rms is smaller with more keys, its peaks are not
+        sums = sums._replace(largest=sums.largest * roundoff.unseen_keys[:, None] ** 0.5)
+    return sums
+
+
 def sampled(T: int) -> np.ndarray:
     """Return the positions of the tokens that are looked at: all, or windows from first to last."""
     if T <= MOST_TOKENS:
@@ -218,7 +234,7 @@ class _Modules:
         if left is not None:
             # rounded again: next to ties, what the stream is off by would decide between neighbours
             return Runs(truth, self._store(truth + (left.chains - left.truth)))
-        held = np.stack([nearest(truth, FORMATS[of.results]) for of in CLASSES.values()])
+        held = np.stack([in_format(truth, of.results) for of in CLASSES.values()])
         return Runs(truth, held[:, None].repeat(self.roundoff.draws, axis=1))
 
     def compute(self, stage: Stage, given: Sequence[Runs]) -> tuple[Runs, StageNoise]:
@@ -283,7 +299,7 @@ class _Modules:
         if name == "exact":
             return runs
         scales = self.scales[:draws].reshape(-1, *[1] * (runs.ndim - 1))
-        return nearest(runs * scales, FORMATS[name]) / scales
+        return in_format(runs * scales, name) / scales
 
     def _store(self, runs: np.ndarray) -> np.ndarray:
         """Round all classes [C, R, ...] to what they store results in, in place."""
@@ -294,12 +310,10 @@ class _Modules:
 
     def _floors(self, stage: Stage, truth: np.ndarray, parts: Sequence[np.ndarray]) -> StageNoise:
         """Return the floors that runs [.., R, ...] show: accumulated, local, of inputs rounded."""
-        sums = [of_draws(sums_of(stage, truth, runs - truth, self.sizes["H"])) for runs in parts]
+        sums = [sums_of_draws(stage, truth, runs, self.roundoff) for runs in parts]
         error, largest = (
             np.concatenate([getattr(part, of) for part in sums]) for of in ("error", "largest")
         )
-        if stage.name == "attn_softmax":  # its rms is smaller with more keys, its peaks are not
-            largest *= self.roundoff.unseen_keys[:, None] ** 0.5
         floors = floors_of(stage, sums[0]._replace(error=error, largest=largest), self.sizes)
         C = len(CLASSES)
         return StageNoise(

@@ -235,9 +235,7 @@ IN_HEAD = {"final_norm": "norm-skipped", "lm_head": "head-untransposed"}
 
 
 def outcomes_in_depth(cell: Cell = DEEP, layers: int = LAYERS, every: int = 1) -> Iterator[Outcome]:
-    """Plant two mistakes in different layers, or in one and the head; first of all none.
-
-    All pairs of them, or every so many.
+    """Plant two mistakes in different layers, or in one and the head, or every so many; first none.
 
     The whole model is dumped and explained, and of each of its parts it is found out what became of
     what was planted there.

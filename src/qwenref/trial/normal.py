@@ -6,9 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from qwenref.judge.floors import for_last_token
-from qwenref.metrics import MARGIN, Errors, Sums, floors_of, for_all_tokens, of_draws, sums_of
+from qwenref.metrics import MARGIN, Errors, Sums, floors_of, for_all_tokens, sums_of
 from qwenref.model.formats import in_format, spacing
 from qwenref.model.roundoff import generator
+from qwenref.noise import sums_of_draws
 from qwenref.stages import BY_NAME, EMBEDDING, RESIDUAL, Stage
 from qwenref.trial.dialects import EXACT, MATRICES, OPERAND_POINTS, Dialect
 from qwenref.trial.held import Held
@@ -63,10 +64,9 @@ def floor_of(
             unknown = generator(name, "computed").uniform(-0.5, 0.5, draws.shape)
             draws = draws + unknown * spacing(draws, "float32")
         draws = _rounded(replay, name, draws, honest.result)
-    sums = of_draws(sums_of(stage, value, draws[None] - value, replay.sizes["H"]))
-    if name == "attn_softmax":  # its rms is smaller with more keys, its peaks are not
-        sums.largest[...] *= replay.roundoff.unseen_keys[:, None] ** 0.5
-    (floors,) = floors_of(stage, sums, replay.sizes)
+    (floors,) = floors_of(
+        stage, sums_of_draws(stage, value, draws[None], replay.roundoff), replay.sizes
+    )
     floors = for_all_tokens(floors, replay.positions.tolist(), replay.sizes["T"])
     return for_last_token(floors) if replay.held[name].first else floors
 
